@@ -1,0 +1,1 @@
+"""Tensors only: GPT-2, structured layers, their algebra, and the compression methods."""

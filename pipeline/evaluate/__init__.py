@@ -1,0 +1,1 @@
+"""Named protocols and the code that measures them."""

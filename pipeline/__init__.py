@@ -1,1 +1,3 @@
-"""The machinery around the models: configuration, store, data, compression jobs, training, evaluation, sweeps."""
+"""The machinery around the models: configuration, store, data, compression jobs, training, evaluation,
+sweeps.
+"""

@@ -1,9 +1,10 @@
 """The errors that people see, and the exit code of each.
 
-Every message says where, what was wrong, what was expected and what to do. `jobs.cli` prints it as one line and
-leaves with `exit_code`; anything that is not a `KronyError` is a bug of ours and keeps its traceback.
+Every message says where, what was wrong, what was expected and what to do. `jobs.cli` prints it as one line
+and leaves with `exit_code`; anything that is not a `KronyError` is a bug of ours and keeps its traceback.
 
-Exit codes: 0 done or already done, 1 failed, 2 bad usage or config, 3 preflight failed, 130 interrupted (state saved).
+Exit codes: 0 done or already done, 1 failed, 2 bad usage or config, 3 preflight failed, 130 interrupted
+(state saved).
 """
 
 from typing import ClassVar

@@ -1,13 +1,16 @@
 """The configuration of everything, as frozen dataclasses.
 
-One `RunConfig` names one compressed model and every artifact on the way to it. The docstring under a field is its help.
-A field marked `metadata=NOT_IDENTITY` cannot change a result (workers, intervals, places), so it never forks an address.
-Values that make no sense cannot exist: checks that span fields live in `__post_init__`. Loads no torch.
+One `RunConfig` names one compressed model and every artifact on the way to it. The docstring under a field is
+its help. A field marked `metadata=NOT_IDENTITY` cannot change a result (workers, intervals, places), so it
+never forks an address. Values that make no sense cannot exist: checks that span fields live in
+`__post_init__`. Loads no torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
 
 from model.compress.recipe import KronVL, MethodRecipe
 from pipeline.errors import ConfigError
@@ -15,7 +18,7 @@ from pipeline.errors import ConfigError
 NOT_IDENTITY: Mapping[str, Any] = {"identity": False}
 
 
-# --- corpus ---------------------------------------------------------------------------------------------------------
+# --- corpus -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +73,10 @@ class OpenWebTextCorpus:
     """Take only the first parquet files; 0 takes all."""
 
 
-Corpus = PydocsCorpus | FilesCorpus | OpenWebTextCorpus
+Corpus = Annotated[PydocsCorpus | FilesCorpus | OpenWebTextCorpus, Field(discriminator="name")]
 
 
-# --- tokenizer and shards -------------------------------------------------------------------------------------------
+# --- tokenizer and shards -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,10 +103,12 @@ class Gpt2Tokenizer:
     name: Literal["gpt2"] = "gpt2"
 
     path: str = field(default="", metadata=NOT_IDENTITY)
-    """Folder with `vocab.bpe` and `encoder.json`; empty lets tiktoken fetch them. Their hashes are checked."""
+    """Folder with `vocab.bpe` and `encoder.json`; empty lets tiktoken fetch them. Their hashes are
+    checked.
+    """
 
 
-Tokenizer = BpeTokenizer | Gpt2Tokenizer
+Tokenizer = Annotated[BpeTokenizer | Gpt2Tokenizer, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +116,9 @@ class DataConfig:
     """How documents become shards of tokens."""
 
     split: Literal["hash", "nanogpt"] = "hash"
-    """`hash`: by content hash, stable as a corpus grows. `nanogpt`: nanoGPT's split by position (OpenWebText)."""
+    """`hash`: by content hash, stable as a corpus grows. `nanogpt`: nanoGPT's split by position
+    (OpenWebText).
+    """
 
     validation_fraction: float = 0.02
     """Share of the documents that is validation, for `hash`; `nanogpt` fixes its own 0.0005."""
@@ -120,7 +127,9 @@ class DataConfig:
     """Drop exact repeats of a document; counted. `nanogpt` keeps them."""
 
     shard_tokens: int = 100_000_000
-    """Upper bound on tokens per shard; an estimate from bytes decides the plan, so real shards are smaller."""
+    """Upper bound on tokens per shard; an estimate from bytes decides the plan, so real shards are
+    smaller.
+    """
 
     tokenize_workers: int = field(default=0, metadata=NOT_IDENTITY)
     """Tokenizing tasks at once; 0 uses every core of the cluster."""
@@ -132,7 +141,7 @@ class DataConfig:
             raise ConfigError(f"data.shard_tokens={self.shard_tokens:,} must be at least 1,024")
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,17 +228,28 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_tokens % self.seq_len:
             raise ConfigError(
-                f"train.batch_tokens={self.batch_tokens:,} must be a multiple of train.seq_len={self.seq_len:,}"
+                f"train.batch_tokens={self.batch_tokens:,} must be a multiple of "
+                f"train.seq_len={self.seq_len:,}"
             )
-        positive = ("batch_tokens", "seq_len", "micro_batch", "val_tokens", "log_every", "val_every", "checkpoint_every")
+        positive = (
+            "batch_tokens",
+            "seq_len",
+            "micro_batch",
+            "val_tokens",
+            "log_every",
+            "val_every",
+            "checkpoint_every",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.max_steps < 0 or self.lr <= 0:
-            raise ConfigError(f"train.max_steps={self.max_steps} and train.lr={self.lr} must not be negative or zero")
+            raise ConfigError(
+                f"train.max_steps={self.max_steps} and train.lr={self.lr} must not be negative or zero"
+            )
 
 
-# --- teacher --------------------------------------------------------------------------------------------------------
+# --- teacher ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,9 +278,13 @@ class ScratchTeacher:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            raise ConfigError(f"teacher.n_embd={self.n_embd} must be a multiple of teacher.n_head={self.n_head}")
+            raise ConfigError(
+                f"teacher.n_embd={self.n_embd} must be a multiple of teacher.n_head={self.n_head}"
+            )
         if self.train.seq_len > self.n_ctx:
-            raise ConfigError(f"teacher.train.seq_len={self.train.seq_len} is longer than teacher.n_ctx={self.n_ctx}")
+            raise ConfigError(
+                f"teacher.train.seq_len={self.train.seq_len} is longer than teacher.n_ctx={self.n_ctx}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,10 +300,10 @@ class HubTeacher:
     """Pinned commit; ignored for a local folder, whose digest is its identity."""
 
 
-Teacher = ScratchTeacher | HubTeacher
+Teacher = Annotated[ScratchTeacher | HubTeacher, Field(discriminator="name")]
 
 
-# --- compression ----------------------------------------------------------------------------------------------------
+# --- compression --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,7 +340,7 @@ class CalibrationConfig:
     """Leave out the first positions of every sequence."""
 
 
-# --- evaluation, Ray, tracking --------------------------------------------------------------------------------------
+# --- evaluation, Ray, tracking ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -365,18 +389,22 @@ class TrackingConfig:
     """The window on the numbers. Records and JSONL stay the truth."""
 
     uri: str = "auto"
-    """MLflow: `auto` is SQLite beside a local store, or `http://…`, `postgresql://…`, `sqlite:///…`; `off` for none."""
+    """MLflow: `auto` is SQLite beside a local store, or `http://…`, `postgresql://…`, `sqlite:///…`; `off`
+    for none.
+    """
 
     experiment: str = "krony"
     """MLflow experiment."""
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------
+# --- the whole ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One compressed model, and every artifact on the way to it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     name: str = "run"
     """A word for people; letters, digits, `-`, `_`, `.`."""
@@ -402,7 +430,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Statistics."""
 
-    method: MethodRecipe = field(default_factory=KronVL)
+    method: Annotated[MethodRecipe, Field(discriminator="name")] = field(default_factory=KronVL)
     """How its matrices are replaced."""
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -423,6 +451,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
         if not self.name or self.name.startswith(".") or not set(self.name) <= allowed:
-            raise ConfigError(f"name={self.name!r} must be letters, digits, '-', '_' or '.', and not start with '.'")
+            raise ConfigError(
+                f"name={self.name!r} must be letters, digits, '-', '_' or '.', and not start with '.'"
+            )
         if isinstance(self.teacher, ScratchTeacher) and self.train.seq_len > self.teacher.n_ctx:
-            raise ConfigError(f"train.seq_len={self.train.seq_len} is longer than teacher.n_ctx={self.teacher.n_ctx}")
+            raise ConfigError(
+                f"train.seq_len={self.train.seq_len} is longer than teacher.n_ctx={self.teacher.n_ctx}"
+            )

@@ -1,0 +1,135 @@
+"""Ray: join a cluster, or start a private local one, with the switches that our versions need.
+
+Everything that must be set before `import ray` is set here and nowhere else. A local Ray is private to this
+process: own temp dir, loopback, token auth with a token of its own, shut down at the end. Joining never
+starts anything.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import RayConfig
+from pipeline.errors import PreflightError
+from pipeline.progress import say
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+SWITCHES: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker install the project again
+    "RAY_worker_niceness": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMMIT", "AWS_ENDPOINT_URL")
+"""Variables of the driver that workers must see too, if they are set."""
+
+
+@contextmanager
+def connect(config: RayConfig, *, quiet: bool = False, num_cpus: int | None = None) -> "Iterator[ModuleType]":
+    """Yield the `ray` module, connected. An existing connection of this process is used and left alone."""
+    for name, value in SWITCHES.items():
+        os.environ.setdefault(name, value)
+    import ray  # only now: the switches above are read when it is imported
+
+    if ray.is_initialized():
+        yield ray
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if address and address != "local":
+        yield from _join(ray, address)
+        return
+    yield from _local(ray, num_cpus, quiet=quiet)
+
+
+def runtime_env() -> dict[str, object]:
+    """What a worker of ours needs beyond its interpreter: our modules on its path, and the driver's
+    settings.
+    """
+    handed_on = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
+    return {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **handed_on}}
+
+
+def _join(ray: "ModuleType", address: str) -> "Iterator[ModuleType]":
+    # A driver outside of a submitted job sends the project along; inside of one it is already there.
+    env = runtime_env()
+    if "RAY_JOB_ID" not in os.environ and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        env = env | {"working_dir": str(PROJECT)}
+    target = os.environ.get("RAY_ADDRESS", address) if address.startswith("http") else address
+    if target.startswith("http"):
+        raise PreflightError(
+            f"ray.address={address!r} is a dashboard; work joins a cluster by host:port, "
+            "and `krony submit` takes the URL"
+        )
+    try:
+        ray.init(address=target, runtime_env=env, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise PreflightError(
+            f"ray.address={address!r}: cannot join ({first}); start a head there, hand on its token "
+            "(RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to work locally"
+        ) from err
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator[ModuleType]":
+    # Socket paths below this folder must stay under 107 characters, so it lies directly in the temp dir.
+    temp = Path(tempfile.mkdtemp(prefix="kr-", dir=os.environ.get("RAY_TMPDIR")))
+    saved = {name: os.environ.get(name) for name in ("RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "PYTHONPATH")}
+    if not os.environ.get("RAY_AUTH_TOKEN") and not saved["RAY_AUTH_TOKEN_PATH"]:
+        token = temp / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    # Workers of a local Ray are started by its raylet with this environment: our modules must be on their
+    # path.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT), *filter(None, [saved["PYTHONPATH"]])])
+    if not quiet:
+        say("ray", "starting a private local Ray")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=300 * 2**20,
+            runtime_env=runtime_env(),
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(temp),
+        )
+        # Ray Train's clean-up reaches the cluster by this variable; without it an early stop can hang.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        yield ray
+    finally:
+        ray.shutdown()
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def require_resources(ray: "ModuleType", *, cpus: float, gpus: float, what: str) -> None:
+    """Raise PreflightError if the cluster can never hold this much at once."""
+    total = ray.cluster_resources()
+    for name, asked in (("CPU", cpus), ("GPU", gpus)):
+        if asked > total.get(name, 0.0) + 1e-9:
+            raise PreflightError(
+                f"{what} asks for {asked:g} {name}, the cluster has {total.get(name, 0.0):g}; "
+                "lower ray.workers or ray.cpus_per_worker, or add nodes"
+            )

@@ -1,0 +1,234 @@
+"""From TOML files and flags to one validated `RunConfig` per variant.
+
+Precedence: flags > file > `extends` > defaults. Files merge into one mapping (tables merge, arrays replace,
+and a table whose `name` differs from the one below it replaces it whole); and pydantic validates all of it
+strictly, flags included. Unknown keys and wrong types are one line with the path and the nearest valid name.
+Paths in a file are relative to it.
+"""
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.config.schema import RunConfig
+from pipeline.errors import ConfigError
+
+_UNIONS = ("corpus", "tokenizer", "teacher", "method")
+_PATH_FIELDS = (("corpus", "paths"), ("corpus", "validation_paths"), ("tokenizer", "path"), ("eval", "texts"))
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What one config file asks for: its variants in order; a file without `[[variants]]` has one."""
+
+    configs: tuple[RunConfig, ...]
+    source: str
+
+    @property
+    def first(self) -> RunConfig:
+        """The config that speaks for what all variants share."""
+        return self.configs[0]
+
+
+def load_study(path: Path | None, *, overrides: Sequence[str] = ()) -> Study:
+    """Read a config file (None: defaults) and lay `--section.field value` flags on top of every variant.
+
+    Raises ConfigError with file, key, what was wrong and what was expected.
+    """
+    raw = read_toml(path) if path else {}
+    flags = flag_table(overrides, base=Path.cwd())
+    source = str(path) if path else "defaults"
+    variants = raw.pop("variants", None)
+    if variants is not None and (not isinstance(variants, list) or not variants):
+        raise ConfigError(f"{source}: variants must be an array of tables: [[variants]]")
+    configs = []
+    for table in variants or [{}]:
+        merged = merge(merge(raw, table), flags)
+        configs.append(validate(merged, source=source))
+    names = [config.name for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{source}: {names.count(name)} variants are named {name!r}; give each its own name"
+            )
+    return Study(tuple(configs), source)
+
+
+def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One file and everything that it extends, merged; relative paths become absolute."""
+    path = path.expanduser().resolve()
+    if path in seen:
+        chain = " → ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{path}: extends itself ({chain}); remove one `extends`")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ConfigError(f"{path}: no such config file{hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
+        raise ConfigError(f"{path}: not a readable TOML file ({err})") from err
+    variants = table.get("variants")
+    for part in [table, *(variants if isinstance(variants, list) else [])]:
+        for section, key in _PATH_FIELDS:
+            _absolute(part, section, key, base=path.parent)
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends={parent!r} must be the name of one file")
+    return merge(read_toml(path.parent / parent, seen=(*seen, path)), table)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`; a table with another `name` in a union section replaces the one below."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            other = key in _UNIONS and "name" in value and value["name"] != old.get("name", value["name"])
+            result[key] = dict(value) if other else merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def validate(table: Mapping[str, Any], *, source: str) -> RunConfig:
+    """A mapping as a RunConfig; raises ConfigError for unknown keys, wrong types and impossible values."""
+    named = {key: _with_name(key, value) for key, value in table.items()}
+    try:
+        return _ADAPTER.validate_json(json.dumps(named))
+    except ValidationError as err:
+        raise ConfigError(
+            "; ".join(_explain(each, source) for each in err.errors(include_url=False)[:4])
+        ) from err
+    except ConfigError as err:
+        raise ConfigError(f"{source}: {err}") from err
+    except TypeError as err:
+        raise ConfigError(
+            f"{source}: {err}; dates and other TOML types without a JSON form have no use here"
+        ) from err
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain JSON, for records and `--plan`."""
+    return json.loads(_ADAPTER.dump_json(config))  # type: ignore[no-any-return]
+
+
+def flag_table(flags: Sequence[str], *, base: Path) -> dict[str, Any]:
+    """`["--train.max-steps", "20", "--seed=1"]` as the nested table that a file would hold.
+
+    A value is read as TOML (`20`, `[4, 8]`, `true`, `{ name = "svd" }`) and else as a plain string.
+    """
+    table: dict[str, Any] = {}
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(
+                f"command line: {word!r} is not an option; config fields are set as --section.field VALUE"
+            )
+        path, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"command line: {word} needs a value")
+            value = words.pop(0)
+        *sections, leaf = path.replace("-", "_").split(".")
+        inner = table
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = _toml_value(value)
+    for section, key in _PATH_FIELDS:
+        _absolute(table, section, key, base=base)
+    return table
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+def _with_name(key: str, value: Any) -> Any:
+    """A union section without a `name` means the default one; a bare word is a name."""
+    if key in _UNIONS and isinstance(value, str):
+        return {"name": value}
+    if key in _UNIONS and isinstance(value, Mapping) and "name" not in value:
+        return {"name": getattr(RunConfig(), key).name, **value}
+    return value
+
+
+def _explain(error: Mapping[str, Any], source: str) -> str:
+    # pydantic puts the chosen member of a union into the path; people never wrote it
+    parts = [str(part) for part in error["loc"]]
+    names = [part for i, part in enumerate(parts) if not (i == 1 and parts[0] in _UNIONS and len(parts) > 1)]
+    where, found = ".".join(names), error.get("input")
+    if error["type"] == "unexpected_keyword_argument":
+        valid = _valid_names(parts)
+        near = difflib.get_close_matches(names[-1], valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(valid)}"
+        return f"{source}: unknown key {where!r}; {hint}"
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        near = difflib.get_close_matches(
+            str(context["tag"]), re.findall(r"'([^']+)'", context["expected_tags"]), n=1
+        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{source}: {where}.name={context['tag']!r} is not one of {context['expected_tags']}{hint}"
+    message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{source}: {where}={found!r} is wrong; expected {message}"
+
+
+def _valid_names(parts: Sequence[str]) -> list[str]:
+    """Field names of the dataclass in which the last of `parts` was not found."""
+    value: Any = RunConfig()
+    for part in parts[:-1]:
+        if is_dataclass(value) and part in {f.name for f in fields(value)}:
+            value = _union_members(part) if part in _UNIONS else getattr(value, part)
+        elif isinstance(value, Mapping) and part in value:
+            value = value[part]
+    if isinstance(value, _Member):
+        return list(value.fields)
+    return [f.name for f in fields(value)] if is_dataclass(value) else []
+
+
+def _union_members(section: str) -> dict[str, Any]:
+    annotated = get_type_hints(RunConfig, include_extras=False)[section]
+    return {member.name: member for member in map(_Member, get_args(annotated))}
+
+
+class _Member:
+    """The name and the fields of one dataclass of a union, without an instance of it."""
+
+    def __init__(self, kind: Any) -> None:
+        self.fields = {f.name: f for f in fields(kind)}
+        self.name = str(self.fields["name"].default)
+
+
+def _absolute(table: dict[str, Any], section: str, key: str, *, base: Path) -> None:
+    part = table.get(section)
+    if not isinstance(part, dict) or key not in part:
+        return
+    value = part[key]
+    if isinstance(value, str) and value:
+        part[key] = _absolute_path(value, base)
+    elif isinstance(value, list) and all(isinstance(each, str) for each in value):
+        part[key] = [_absolute_path(each, base) for each in value]
+
+
+def _absolute_path(text: str, base: Path) -> str:
+    # normpath, not resolve: a glob pattern must stay one, and a symbolic link must keep its name
+    expanded = os.path.expandvars(str(Path(text).expanduser()))
+    return os.path.normpath(base / expanded)

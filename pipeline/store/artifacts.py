@@ -1,0 +1,251 @@
+"""Named artifacts: address, require, build in attempts, publish, verify.
+
+    <store>/<kind>/<name>-<fp8>/<attempt>/…      the payload of one attempt
+    <store>/<kind>/<name>-<fp8>/record.json      put last; names its attempt; no record = not there
+
+The address follows from the identity alone, so it is known before anything is built. Publishing is atomic and
+idempotent: payload first, record last; until then whatever stood there before stays. No locks: two writers of
+a deterministic artifact write the same bytes.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StoreError
+from pipeline.store.location import Location, sha256_file
+from pipeline.store.provenance import provenance
+from pipeline.store.records import KINDS, FileInfo, InputRef, Record
+
+BUILT_BY = {
+    **dict.fromkeys(("corpus", "tokenizer", "tokens"), "prepare"),
+    **dict.fromkeys(("teacher", "stats", "init"), "compress"),
+    **{"run": "train", "model": "export", "scores": "eval"},
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that decides the content of an artifact, and nothing else."""
+
+    kind: str
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, "Identity"] = field(default_factory=dict)
+    version: int = 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of kind, producer version, identity fields and the fingerprints of the inputs."""
+        body = {
+            "kind": self.kind,
+            "version": self.version,
+            "config": self.config,
+            "inputs": {role: identity.fingerprint for role, identity in self.inputs.items()},
+        }
+        canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def address(self) -> str:
+        """`kind/name-fp8`."""
+        return f"{self.kind}/{self.name}-{self.fingerprint[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished artifact: its record and where its payload lies."""
+
+    record: Record
+    location: Location
+
+    def path(self, name: str) -> Path:
+        """One payload file as a local path; raises StoreError if the artifact has no such file."""
+        if name not in self.record.files:
+            raise StoreError(
+                f"{self.record.address} holds no file {name!r}; it has {', '.join(self.record.files)}"
+            )
+        return self.location.local(name, sha256=self.record.files[name].sha256)
+
+    def folder(self, prefix: str = "") -> Path:
+        """The payload, or the part below `prefix`, as a local folder."""
+        return self.location.local_folder(prefix)
+
+    def verify(self) -> None:
+        """Hash every file again; raises StoreError naming the first that differs from its record."""
+        for name, info in self.record.files.items():
+            found = sha256_file(self.path(name))
+            if found != info.sha256:
+                raise StoreError(
+                    f"{self.record.address}/{name}: sha256 {found[:12]}…, record says {info.sha256[:12]}…; "
+                    f"the file was changed: rebuild with `krony {BUILT_BY[self.record.kind]} … --force`"
+                )
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at building an artifact. Files put into `location` become real when `publish` puts the
+    record.
+    """
+
+    identity: Identity
+    store: "Store"
+    name: str
+    location: Location
+    started: str
+    artifact: Artifact | None = None
+
+    def publish(self, *, metrics: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Artifact:
+        """Digest the payload, put the record, and return the finished artifact."""
+        files = {}
+        for key in self.location.list():
+            path = self.location.local(key)
+            files[key] = FileInfo(bytes=path.stat().st_size, sha256=sha256_file(path))
+        if not files:
+            raise StoreError(f"{self.identity.address}: nothing was written, so there is nothing to publish")
+        inputs = {}
+        for role, identity in self.identity.inputs.items():
+            found = self.store.find(identity)
+            inputs[role] = InputRef(address=identity.address, digest=found.record.digest if found else "")
+        record = Record(
+            kind=self.identity.kind,
+            name=self.identity.name,
+            fingerprint=self.identity.fingerprint,
+            attempt=self.name,
+            config=dict(self.identity.config),
+            inputs=inputs,
+            files=files,
+            metrics=dict(metrics),
+            settings=dict(settings or {}),
+            provenance=provenance(),
+            started=self.started,
+            finished=_now(),
+        )
+        self.store.root.child(self.identity.address).put_bytes("record.json", record.to_json())
+        self.artifact = Artifact(record, self.location)
+        return self.artifact
+
+
+class Store:
+    """All artifacts below one URI."""
+
+    def __init__(self, uri: str | Path) -> None:
+        """Open a store; nothing is created before the first attempt."""
+        self.root = Location.of(uri)
+
+    def find(self, identity: Identity) -> Artifact | None:
+        """The finished artifact of this identity, or None. Raises StoreError if it is damaged."""
+        return self._read(identity.address, fingerprint=identity.fingerprint)
+
+    def require(self, identity: Identity) -> Artifact:
+        """The finished artifact of this identity; raises StoreError with the command that builds it."""
+        artifact = self.find(identity)
+        if artifact is None:
+            raise StoreError(
+                f"{self.root.uri}: {identity.address} is not there; build it with "
+                f"`krony {BUILT_BY[identity.kind]} …` and the same configuration"
+            )
+        return artifact
+
+    def open(self, address: str) -> Artifact:
+        """The finished artifact at an address as people write it; raises StoreError if there is none."""
+        artifact = self._read(address.strip("/"), fingerprint="")
+        if artifact is None:
+            near = (
+                [r.address for r in self.records(address.split("/")[0])]
+                if address.split("/")[0] in KINDS
+                else []
+            )
+            raise StoreError(
+                f"{self.root.uri}: no artifact {address!r}; there are: {', '.join(near) or 'none'}"
+            )
+        return artifact
+
+    def records(self, kind: str | None = None) -> list[Record]:
+        """All records, or those of one kind, sorted by address. A damaged one raises StoreError."""
+        found = []
+        for each in KINDS if kind is None else (kind,):
+            for name in self.root.folders(each):
+                address = f"{each}/{name}"
+                try:
+                    data = self.root.read_bytes(f"{address}/record.json")
+                except FileNotFoundError:
+                    continue
+                found.append(Record.from_json(data, where=f"{self.root.uri}/{address}/record.json"))
+        return found
+
+    def unfinished(self) -> list[str]:
+        """Attempts that no record names: `address/attempt`."""
+        lost = []
+        for kind in KINDS:
+            for name in self.root.folders(kind):
+                address = f"{kind}/{name}"
+                artifact = self._read(address, fingerprint="", check_files=False)
+                named = artifact.record.attempt if artifact else None
+                lost += [f"{address}/{attempt}" for attempt in self.root.folders(address) if attempt != named]
+        return lost
+
+    @contextmanager
+    def attempt(self, identity: Identity, *, resume: bool = False, force: bool = False) -> Iterator[Attempt]:
+        """Build an artifact: put files into `attempt.location`, then `attempt.publish(...)`.
+
+        `resume` goes on in the newest unfinished attempt (for the kinds that can); without it every try has a
+        folder of its own. `force` opens the next number even where an unfinished or a finished one stands.
+        """
+        base = self.root.child(identity.address)
+        numbers = [int(name.split("-")[0]) for name in base.folders() if name.split("-")[0].isdigit()]
+        newest = max(numbers, default=0)
+        done = self._read(identity.address, fingerprint=identity.fingerprint, check_files=False)
+        if resume:
+            taken = bool(done) and done is not None and done.record.attempt == str(newest)
+            name = str(newest if newest and not force and not taken else newest + 1)
+        else:
+            name = f"{newest + 1}-{uuid.uuid4().hex[:6]}"
+        yield Attempt(identity, self, name, base.child(name), _now())
+
+    def _read(self, address: str, *, fingerprint: str, check_files: bool = True) -> Artifact | None:
+        where = f"{self.root.uri}/{address}/record.json"
+        try:
+            data = self.root.read_bytes(f"{address}/record.json")
+        except FileNotFoundError:
+            return None
+        record = Record.from_json(data, where=where)
+        if fingerprint and record.fingerprint != fingerprint:
+            raise StoreError(
+                f"{where}: fingerprint {record.fingerprint[:16]}…, expected {fingerprint[:16]}…; "
+                "it belongs to another config: use another --store or --force"
+            )
+        if record.address != address:
+            raise StoreError(f"{where}: says it is {record.address}; the folder was renamed: move it back")
+        location = self.root.child(f"{address}/{record.attempt}")
+        for key, info in record.files.items() if check_files else ():
+            self._check_size(location, key, info, record)
+        return Artifact(record, location)
+
+    def _check_size(self, location: Location, key: str, info: FileInfo, record: Record) -> None:
+        builder = f"rebuild with `krony {BUILT_BY.get(record.kind, 'run')} … --force`"
+        for delay_s in (0.0, 0.5, 1.5, None):  # a network file system may show a file late
+            try:
+                found = location.size(key)
+            except FileNotFoundError:
+                if delay_s is None or location.is_local and delay_s > 0.5:
+                    raise StoreError(f"{record.address}/{key}: file is missing; {builder}") from None
+                time.sleep(delay_s)
+                continue
+            if found != info.bytes:
+                raise StoreError(
+                    f"{record.address}/{key}: {found:,} bytes, record says {info.bytes:,}; {builder}"
+                )
+            return
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

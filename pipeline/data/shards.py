@@ -1,0 +1,142 @@
+"""The shard format: 256 int32 of header (magic 20240520, version 1, token count), then the tokens as uint16.
+
+It is llm.c's, so other trainers read it too. A shard is written beside its place and appears whole; beside it
+lies a sidecar that says what is in it. A reader checks magic, version and size before it trusts a token.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError
+from pipeline.store.location import sha256_file
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+TOKEN_BYTES = 2
+MAX_TOKENS = 2**31 - 1
+"""Tokens that the int32 of the header can count."""
+
+Tokens = npt.NDArray[np.uint16]
+
+
+class ShardError(DataError):
+    """A shard or its sidecar is missing, cut short or not what it says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sidecar:
+    """What is in one shard: `train-00000.json` beside `train-00000.bin`."""
+
+    shard: str
+    """Name without the ending."""
+
+    plan: str
+    """Digest of the shard plan it was made by."""
+
+    tokens: int
+    """Tokens, ends of documents included."""
+
+    documents: int
+    """Documents; each ends with one end-of-text token."""
+
+    text_bytes: int
+    """UTF-8 bytes of their text."""
+
+    sha256: str
+    """Digest of the whole file, header included."""
+
+    source: tuple[tuple[str, int, int], ...]
+    """Where the documents were taken from: file, first row, row after the last."""
+
+    def to_json(self) -> bytes:
+        """Readable JSON, stable in its order."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    @staticmethod
+    def from_json(data: bytes, *, where: str) -> "Sidecar":
+        """Read a sidecar; raises ShardError, with `where`, for anything that is not one."""
+        try:
+            raw = json.loads(data)
+            source = tuple((str(name), int(start), int(stop)) for name, start, stop in raw.pop("source"))
+            return Sidecar(source=source, **raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            raise ShardError(f"{where}: not a sidecar ({err}); run `krony prepare … --force`") from err
+
+
+def write_shard(path: Path, documents: Iterable[npt.NDArray[np.integer]]) -> int:
+    """Write the tokens of `documents`, one after the other, and return their number.
+
+    Nothing is gathered in memory. Raises ShardError for a token that is no uint16, before it is written.
+    `path` is a scratch file: the caller publishes it.
+    """
+    count = 0
+    with path.open("wb") as file:
+        file.write(_header(0))
+        for tokens in documents:
+            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= 0xFFFF:
+                raise ShardError(
+                    f"{path.name}: token {int(tokens.max()):,} does not fit into 16 bits; "
+                    "expected a vocabulary of at most 65,536"
+                )
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+            count += len(tokens)
+        if count > MAX_TOKENS:
+            raise ShardError(
+                f"{path.name}: {count:,} tokens in one shard, the format counts to {MAX_TOKENS:,}"
+            )
+        file.seek(0)
+        file.write(_header(count))
+    return count
+
+
+def open_shard(path: Path) -> Tokens:
+    """The tokens of a shard as a read-only memory map. Raises ShardError if the file is not a whole shard."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+    except FileNotFoundError:
+        raise ShardError(f"{path}: shard is missing; run `krony prepare … --force`") from None
+    except ValueError:
+        header = np.zeros(0, dtype="<i4")
+    if len(header) < 256 or header[0] != MAGIC:
+        found = f"magic {header[0]}" if len(header) else f"{size:,} bytes"
+        raise ShardError(
+            f"{path}: not a token shard ({found}, expected magic {MAGIC}); run `krony prepare … --force`"
+        )
+    if header[1] != VERSION:
+        raise ShardError(f"{path}: shard version {header[1]}, this reads {VERSION}; use a matching krony")
+    promised, held = int(header[2]), (size - HEADER_BYTES) / TOKEN_BYTES
+    if promised != held:
+        raise ShardError(
+            f"{path}: header promises {promised:,} tokens, the file holds {held:,.10g}; "
+            "it was cut short or overwritten: run `krony prepare … --force`"
+        )
+    if promised == 0:
+        return np.zeros(0, dtype="<u2")  # an empty region cannot be mapped
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(promised,))
+
+
+def check_shard(path: Path, sidecar: Sidecar) -> Tokens:
+    """`open_shard`, held against its sidecar: count and digest. Raises ShardError naming what differs."""
+    tokens = open_shard(path)
+    if len(tokens) != sidecar.tokens:
+        raise ShardError(f"{path}: {len(tokens):,} tokens, its sidecar says {sidecar.tokens:,}")
+    if (found := sha256_file(path)) != sidecar.sha256:
+        raise ShardError(
+            f"{path}: sha256 {found[:12]}…, its sidecar says {sidecar.sha256[:12]}…; "
+            "the file was changed: run `krony prepare … --force`"
+        )
+    return tokens
+
+
+def _header(tokens: int) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    return header.tobytes()

@@ -1,0 +1,191 @@
+"""Protocols: what a number means. A table cell without a protocol id does not exist.
+
+A protocol fixes the text, how it is cut into windows, what is scored and how windows are averaged; two
+numbers may share a column only if they share the id. A changed meaning is a new version. A model whose
+context is shorter than the window cannot follow the protocol as written: `at_context` gives the variant it
+can follow, under an id of its own (`krony/wt103@ctx256`). The `gate` is what published dense GPT-2 must
+score before anything is compared. Loads no torch.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pipeline.errors import ConfigError
+
+Metric = Literal["perplexity", "accuracy"]
+Targets = Literal["inside", "shifted", "last-word"]
+Weighting = Literal["windows", "tokens", "passages"]
+
+VALIDATION = "corpus-validation"
+"""The text name that stands for the validation shards of a tokens artifact."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """What published dense GPT-2 (124M) scores under a protocol."""
+
+    value: float
+    tolerance: float
+    source: str
+
+    def holds(self, value: float) -> bool:
+        """Whether a measurement of dense GPT-2 agrees."""
+        return abs(value - self.value) <= self.tolerance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """One way to turn a model into a number."""
+
+    id: str
+    """Name in tables and records."""
+
+    text: str
+    """Name of the evaluation text (`texts.TEXTS`), or `VALIDATION`."""
+
+    description: str
+    """One sentence for the page."""
+
+    version: int = 1
+    """Raised when the meaning changes."""
+
+    metric: Metric = "perplexity"
+    """What `value` is; a perplexity is better lower, an accuracy better higher."""
+
+    window: int = 1024
+    """Tokens that the model sees at once."""
+
+    stride: int = 1024
+    """Tokens between the starts of two windows; what overlaps is read again and not scored again."""
+
+    targets: Targets = "inside"
+    """`inside`: the first token of a window has no prediction. `shifted`: targets cross the window edge."""
+
+    weighting: Weighting = "tokens"
+    """`windows`: mean of the window means, a short last one counting fully. `tokens`: every token alike."""
+
+    gpt2_tokens: int | None = None
+    """Tokens of the whole text, rows joined, under GPT-2's BPE; another count is another text."""
+
+    gate: Gate | None = None
+    """Published value of dense GPT-2, where one exists."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Which way is up."""
+        return self.metric == "perplexity"
+
+    def at_context(self, n_ctx: int) -> "Protocol":
+        """The protocol for a model that sees `n_ctx` tokens: itself, or its `@ctx` variant."""
+        if n_ctx >= self.window:
+            return self
+        plain = self.description.removesuffix(".")
+        return replace(
+            self,
+            id=f"{self.id.split('@ctx')[0]}@ctx{n_ctx}",
+            window=n_ctx,
+            stride=max(1, self.stride * n_ctx // self.window),
+            description=f"{plain}; windows of {n_ctx:,} tokens, the context of the model.",
+            gate=None,
+        )
+
+
+_KRONY = (
+    "Test split of {text}, rows joined by a blank line, no BOS; windows of 1,024 tokens without overlap, "
+    "{edge}; exp of the unweighted mean of the window means (Krony-PT)."
+)
+_INSIDE = "the first token of each window never scored"
+_SHIFTED = "targets shifted across the window edge"
+
+
+def _krony(name: str, *, text: str, title: str, tokens: int, gate: float) -> tuple[Protocol, Protocol]:
+    """A Krony-PT protocol and its `@shifted` variant, which the original selects checkpoints with."""
+    plain = Protocol(
+        id=f"krony/{name}",
+        text=text,
+        description=_KRONY.format(text=title, edge=_INSIDE),
+        weighting="windows",
+        gpt2_tokens=tokens,
+        gate=Gate(value=gate, tolerance=0.05, source="Krony-PT README; arXiv 2412.12351v2 Table V"),
+    )
+    shifted = replace(
+        plain,
+        id=f"krony/{name}@shifted",
+        targets="shifted",
+        description=_KRONY.format(text=title, edge=_SHIFTED),
+        gate=None,
+    )
+    return plain, shifted
+
+
+def _last_word(name: str, *, text: str, title: str, gate: Gate | None) -> Protocol:
+    return Protocol(
+        id=f"lambada/{name}_last_word",
+        text=text,
+        description=f"{title}: share of 5,153 passages whose last word is the greedy continuation (lm-eval).",
+        metric="accuracy",
+        targets="last-word",
+        weighting="passages",
+        gate=gate,
+    )
+
+
+_ALL: tuple[Protocol, ...] = (
+    *_krony("wt103", text="wikitext-103-v1", title="WikiText-103 (with <unk>)", tokens=286_657, gate=29.16),
+    *_krony("wt2", text="wikitext-2-v1", title="WikiText-2 (with <unk>)", tokens=297_300, gate=24.67),
+    *_krony("lambada_text", text="lambada", title="LAMBADA, whole passages", tokens=429_710, gate=45.28),
+    Protocol(
+        id="raw/wt2@1024",
+        text="wikitext-2-raw-v1",
+        description="Test split of raw WikiText-2, token-weighted, windows of 1,024 tokens without overlap.",
+        gpt2_tokens=287_644,
+        gate=Gate(value=29.9, tolerance=0.1, source="Sparsebit issue 125 reports 29.96"),
+    ),
+    Protocol(
+        id="raw/wt2@512",
+        text="wikitext-2-raw-v1",
+        description="Test split of raw WikiText-2, token-weighted, windows of 1,024 tokens at stride 512; "
+        "the overlap is context only.",
+        stride=512,
+        gpt2_tokens=287_644,
+    ),
+    Protocol(
+        id="corpus/val",
+        text=VALIDATION,
+        description="Validation split of the training corpus, token-weighted, windows of 1,024 tokens; "
+        "every token but the first is scored once.",
+        targets="shifted",
+    ),
+    _last_word(
+        "openai",
+        text="lambada-openai",
+        title="LAMBADA, OpenAI's text",
+        gate=Gate(value=0.3256, tolerance=0.0065, source="lm-evaluation-harness issue 2159"),
+    ),
+    _last_word("standard", text="lambada", title="LAMBADA, standard text", gate=None),
+)
+
+PROTOCOLS: Mapping[str, Protocol] = {protocol.id: protocol for protocol in _ALL}
+"""Every protocol by id."""
+
+_CONTEXT = re.compile(r"(?P<base>.+)@ctx(?P<n_ctx>\d+)")
+
+
+def get_protocol(protocol_id: str) -> Protocol:
+    """The protocol of an id, `@ctx` variants included; raises ConfigError with the nearest known ids."""
+    if protocol_id in PROTOCOLS:
+        return PROTOCOLS[protocol_id]
+    match = _CONTEXT.fullmatch(protocol_id)
+    if match and match["base"] in PROTOCOLS:
+        base, n_ctx = PROTOCOLS[match["base"]], int(match["n_ctx"])
+        if 1 < n_ctx < base.window:
+            return base.at_context(n_ctx)
+        raise ConfigError(
+            f"protocol {protocol_id!r}: the context must lie between 2 and {base.window - 1:,} tokens"
+        )
+    near = difflib.get_close_matches(protocol_id, PROTOCOLS, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(f"unknown protocol {protocol_id!r}{hint} Known: {', '.join(PROTOCOLS)}")

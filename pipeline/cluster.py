@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,24 @@ WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMM
 """Variables of the driver that workers must see too, if they are set."""
 
 
+_session: ExitStack | None = None
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Keep the first connection that is made inside open until the end of this block."""
+    global _session
+    if _session is not None:
+        yield
+        return
+    with ExitStack() as _session:
+        try:
+            yield
+        finally:
+            opened, _session = _session, None
+            opened.close()
+
+
 @contextmanager
 def connect(config: RayConfig, *, quiet: bool = False, num_cpus: int | None = None) -> "Iterator[ModuleType]":
     """Yield the `ray` module, connected. An existing connection of this process is used and left alone."""
@@ -47,10 +65,13 @@ def connect(config: RayConfig, *, quiet: bool = False, num_cpus: int | None = No
         yield ray
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    if address and address != "local":
-        yield from _join(ray, address)
-        return
-    yield from _local(ray, num_cpus, quiet=quiet)
+    join = bool(address) and address != "local"
+    connection = _join(ray, address) if join else _local(ray, num_cpus, quiet=quiet)
+    if _session is not None:
+        yield _session.enter_context(connection)
+    else:
+        with connection:
+            yield ray
 
 
 def runtime_env() -> dict[str, object]:
@@ -61,6 +82,7 @@ def runtime_env() -> dict[str, object]:
     return {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **handed_on}}
 
 
+@contextmanager
 def _join(ray: "ModuleType", address: str) -> "Iterator[ModuleType]":
     # A driver outside of a submitted job sends the project along; inside of one it is already there.
     env = runtime_env()
@@ -86,6 +108,7 @@ def _join(ray: "ModuleType", address: str) -> "Iterator[ModuleType]":
         ray.shutdown()
 
 
+@contextmanager
 def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator[ModuleType]":
     # Socket paths below this folder must stay under 107 characters, so it lies directly in the temp dir.
     temp = Path(tempfile.mkdtemp(prefix="kr-", dir=os.environ.get("RAY_TMPDIR")))

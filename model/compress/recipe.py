@@ -80,3 +80,6 @@ class Dense:
 
 
 MethodRecipe = KronVL | KronPrune | RandomInit | Dense
+
+SEEDED_METHODS = frozenset({"random_init"})
+"""Methods whose result depends on the seed; for all others one compressed model serves every seed."""

@@ -22,7 +22,15 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError
 
 _UNIONS = ("corpus", "tokenizer", "teacher", "method")
-_PATH_FIELDS = (("corpus", "paths"), ("corpus", "validation_paths"), ("tokenizer", "path"), ("eval", "texts"))
+_PATH_FIELDS = (
+    ("", "store"),
+    ("corpus", "paths"),
+    ("corpus", "validation_paths"),
+    ("tokenizer", "path"),
+    ("eval", "texts"),
+)
+_NAME_OR_PATH_FIELDS = (("corpus", "repo"), ("teacher", "id"))
+"""A hub id, unless it is written as a path: `./…`, `../…`, `/…`, `~…`, or with a `$VARIABLE`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +86,7 @@ def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable TOML file ({err})") from err
     variants = table.get("variants")
     for part in [table, *(variants if isinstance(variants, list) else [])]:
-        for section, key in _PATH_FIELDS:
-            _absolute(part, section, key, base=path.parent)
+        _make_absolute(part, base=path.parent)
     parent = table.pop("extends", None)
     if parent is None:
         return table
@@ -146,8 +153,7 @@ def flag_table(flags: Sequence[str], *, base: Path) -> dict[str, Any]:
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[leaf] = _toml_value(value)
-    for section, key in _PATH_FIELDS:
-        _absolute(table, section, key, base=base)
+    _make_absolute(table, base=base)
     return table
 
 
@@ -217,13 +223,22 @@ class _Member:
         self.name = str(self.fields["name"].default)
 
 
+def _make_absolute(table: dict[str, Any], *, base: Path) -> None:
+    for section, key in _PATH_FIELDS:
+        _absolute(table, section, key, base=base)
+    for section, key in _NAME_OR_PATH_FIELDS:
+        part = table.get(section)
+        if isinstance(part, dict) and str(part.get(key, "")).startswith((".", "/", "~", "$")):
+            _absolute(table, section, key, base=base)
+
+
 def _absolute(table: dict[str, Any], section: str, key: str, *, base: Path) -> None:
-    part = table.get(section)
+    part = table.get(section) if section else table
     if not isinstance(part, dict) or key not in part:
         return
     value = part[key]
     if isinstance(value, str) and value:
-        part[key] = _absolute_path(value, base)
+        part[key] = value if "://" in value else _absolute_path(value, base)
     elif isinstance(value, list) and all(isinstance(each, str) for each in value):
         part[key] = [_absolute_path(each, base) for each in value]
 

@@ -40,8 +40,14 @@ def replacing(target: Path) -> Iterator[Path]:
 def checked_key(key: str) -> str:
     """`key` if it stays inside its location; raises StoreError for absolute paths and `..`."""
     parts = PurePosixPath(key).parts
-    if key.startswith("/") or "\\" in key or "\0" in key or any(part in ("..", "") for part in parts):
-        raise StoreError(f"key {key!r} leaves its location; expected a relative path without '..'")
+    if (
+        not parts
+        or key.startswith("/")
+        or "\\" in key
+        or "\0" in key
+        or any(part in ("..", "") for part in parts)
+    ):
+        raise StoreError(f"key {key!r} is no place inside a location; expected a relative path without '..'")
     return key
 
 
@@ -143,11 +149,18 @@ class Location:
 
     def read_bytes(self, key: str) -> bytes:
         """The bytes under `key`; FileNotFoundError if there are none."""
-        if self.is_local:
-            return self._path(key).read_bytes()
-        filesystem, root = _filesystem(self.uri)
-        with filesystem.open_input_stream(f"{root}/{checked_key(key)}") as stream:
-            return bytes(stream.read())
+        try:
+            if self.is_local:
+                return self._path(key).read_bytes()
+            filesystem, root = _filesystem(self.uri)
+            with filesystem.open_input_stream(f"{root}/{checked_key(key)}") as stream:
+                return bytes(stream.read())
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise FileNotFoundError(f"{self.uri}/{key}") from err
+        except OSError as err:
+            raise StoreError(
+                f"{self.uri}/{key}: cannot be read ({err.strerror or err}); check the place"
+            ) from err
 
     def exists(self, key: str) -> bool:
         """Whether a file lies under `key`."""

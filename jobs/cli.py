@@ -1,0 +1,82 @@
+"""`krony <verb> …`: dispatch by name, one line per error, the documented exit codes.
+
+A verb is a module of this folder with `main(argv) -> int`; it is imported only when it is called, so help
+stays light.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from pipeline.errors import KronyError
+
+VERBS = {
+    "run": "the whole chain: corpus to comparison table",
+    "doctor": "is this machine, cluster, store and tracker ready?",
+    "prepare": "corpus to tokenizer and shards of tokens",
+    "compress": "teacher to compressed model",
+    "train": "recovery training of a compressed model",
+    "export": "trained model to folders that others can load",
+    "eval": "model to scores, by protocol",
+    "report": "records to tables, plots and one page",
+    "status": "what is done, running and left",
+    "shapes": "legal Kronecker shapes with parameters, ranks and MACs",
+    "submit": "any of these as a job on a Ray cluster",
+}
+
+_HELP = (
+    "usage: krony <verb> [CONFIG.toml] [options]\n\n{verbs}\n\nEach verb has --help.  Exit codes: 0 done, 1 failed, \
+2 usage or config, 3 not ready, 130 interrupted."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP.format(verbs="\n".join(f"  {verb:<10}{about}" for verb, about in VERBS.items())))
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"krony {version('krony')}")
+        return 0
+    return run(words[0], words[1:])
+
+
+def run(verb: str, argv: Sequence[str] | None = None) -> int:
+    """Run `jobs.<verb>` with the error contract: KronyError is one line and its exit code, bugs keep their traceback."""
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(VERBS)}"
+        return _fail(f"krony: unknown verb {verb!r}; {hint}", 2)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return int(importlib.import_module(f"jobs.{verb}").main(argv))
+    except KronyError as err:
+        return _fail(f"krony {verb}: {err}", err.exit_code)
+    except KeyboardInterrupt:
+        return _fail(
+            f"krony {verb}: interrupted; what is finished is kept, the same command goes on from there", 130
+        )
+    except BrokenPipeError:  # `krony report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(line: str, code: int) -> int:
+    print(line.replace("\n", " "), file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,36 @@
+"""`krony report`: records to tables, plots and one page, on a laptop, without torch or Ray."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs import cli
+from pipeline.config.arguments import parse
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of a store; with a config, of that study's scores only."""
+    arguments = parse("report", argv, about=__doc__, extend=_options)
+    from analysis.report import write_report
+    from pipeline.chain import chain
+    from pipeline.store.artifacts import Store
+
+    study = arguments.study
+    wanted = []
+    if arguments.options.config:
+        for config in study.configs:
+            links = chain(config)
+            wanted += [i.address for i in (*links.teacher_scores.values(), *links.scores.values())]
+    report = write_report(Store(study.first.store), arguments.options.out, scores=list(dict.fromkeys(wanted)))
+    print(report.json() if arguments.json else report.table)
+    if not arguments.quiet and not arguments.json:
+        print(f"\nreport    {report.html}\n          {report.markdown}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run("report"))

@@ -1,0 +1,50 @@
+"""`krony run`: the whole chain, from a corpus to the comparison table."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs import cli
+from pipeline.config.arguments import parse
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder for the report (default: report)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build everything that a config asks for, skip what is done, and print the table."""
+    arguments = parse("run", argv, about=__doc__, extend=_options)
+    from pipeline import stages
+    from pipeline.cluster import session
+    from pipeline.plan import describe
+    from pipeline.store.records import KINDS
+    from pipeline.tracking.tracker import resolve_uri, ui_command
+    from pipeline.work import Work
+
+    if arguments.plan:
+        print(describe(arguments.study, as_json=arguments.json))
+        return 0
+    work = Work.on(
+        arguments.study.first, force=frozenset(KINDS if arguments.force else ()), quiet=arguments.quiet
+    )
+    with session():
+        stages.tokens(work)
+        addresses = [s.record.address for s in stages.scores(work, of_teacher=True).values()]
+        for config in arguments.study.configs:
+            addresses += [s.record.address for s in stages.scores(work.variant(config)).values()]
+    from analysis.report import write_report
+
+    report = write_report(work.store, arguments.options.out, scores=addresses)
+    print(report.json() if arguments.json else report.table)
+    config = work.config
+    print(f"\nreport    {report.html}\n          {report.markdown}", flush=True)
+    if uri := resolve_uri(config.tracking.uri, store=config.store):
+        print(f"mlflow    {ui_command(uri)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run("run"))

@@ -1,0 +1,143 @@
+"""From one config to the identity of every artifact on the way: the whole plan, before anything is built.
+
+    corpus → tokenizer → tokens ─┬─ teacher ─┬─ init → run → model → scores
+                                 └───────────┴─ stats
+
+An address is a pure function of the config and of what the outside world says about a source (package
+versions, file digests). Nothing heavy is loaded, so `krony status` and `--plan` answer at once.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.compress.recipe import SEEDED_METHODS
+from pipeline.config.identity import identity_fields
+from pipeline.config.schema import BpeTokenizer, HubTeacher, RunConfig
+from pipeline.data.corpora import corpus_identity
+from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
+from pipeline.evaluate.texts import TEXTS
+from pipeline.store.artifacts import Identity
+from pipeline.store.location import Location, sha256_file
+
+# Raised by one when a producer's results change, so that old artifacts are not mistaken for new ones.
+VERSIONS: Mapping[str, int] = dict.fromkeys(
+    ("corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores"), 1
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The identities of all artifacts that one config asks for."""
+
+    corpus: Identity
+    tokenizer: Identity
+    tokens: Identity
+    teacher: Identity
+    init: Identity
+    run: Identity
+    model: Identity
+    scores: Mapping[str, Identity]
+    """Of the compressed model, by protocol id."""
+    teacher_scores: Mapping[str, Identity]
+    """Of the dense teacher, by protocol id."""
+
+    def identities(self) -> list[Identity]:
+        """All of them, in the order in which they are built."""
+        shared = [self.corpus, self.tokenizer, self.tokens, self.teacher, *self.teacher_scores.values()]
+        return [*shared, self.init, self.run, self.model, *self.scores.values()]
+
+
+def chain(config: RunConfig) -> Chain:
+    """The identities that `config` stands for. Raises DataError or ConfigError if a named source is not there."""
+    corpus = Identity("corpus", config.corpus.name, corpus_identity(config.corpus), {}, VERSIONS["corpus"])
+    tokenizer = _tokenizer(config, corpus)
+    tokens = Identity(
+        "tokens",
+        f"{corpus.name}-{tokenizer.name}",
+        identity_fields(config.data),
+        {"corpus": corpus, "tokenizer": tokenizer},
+        VERSIONS["tokens"],
+    )
+    teacher = _teacher(config, tokens)
+    init = _init(config, teacher)
+    run = Identity(
+        "run",
+        f"{init.name}-s{config.seed}",
+        {"train": identity_fields(config.train), "seed": config.seed},
+        {"init": init, "tokens": tokens},
+        VERSIONS["run"],
+    )
+    model = Identity("model", run.name, {}, {"run": run, "tokenizer": tokenizer}, VERSIONS["model"])
+    return Chain(
+        corpus,
+        tokenizer,
+        tokens,
+        teacher,
+        init,
+        run,
+        model,
+        scores={p.id: scores_identity(p, model, tokens) for p in protocols(config)},
+        teacher_scores={p.id: scores_identity(p, teacher, tokens) for p in protocols(config)},
+    )
+
+
+def protocols(config: RunConfig) -> list[Protocol]:
+    """The protocols that a config names, as its model can follow them (`@ctx` variants for a short context)."""
+    return [get_protocol(name).at_context(_context(config)) for name in config.eval.protocols]
+
+
+def scores_identity(protocol: Protocol, model: Identity, tokens: Identity) -> Identity:
+    """The identity of one protocol's scores of one model or teacher."""
+    settings = {"protocol": protocol.id, "version": protocol.version}
+    inputs = {"model": model}
+    if protocol.text == VALIDATION:
+        inputs["tokens"] = tokens
+    else:
+        settings["text"] = TEXTS[protocol.text].sha256
+        inputs["tokenizer"] = tokens.inputs["tokenizer"]
+    name = f"{model.name}-{protocol.id.replace('/', '.').replace('@', '.')}"
+    return Identity("scores", name, settings, inputs, VERSIONS["scores"])
+
+
+def _context(config: RunConfig) -> int:
+    if not isinstance(config.teacher, HubTeacher):
+        return config.teacher.n_ctx
+    folder = Location.of(config.teacher.id)
+    if folder.exists("config.json"):
+        return int(json.loads(folder.read_bytes("config.json"))["n_positions"])
+    return 1024  # every published GPT-2
+
+
+def _tokenizer(config: RunConfig, corpus: Identity) -> Identity:
+    fields = identity_fields(config.tokenizer)
+    if isinstance(config.tokenizer, BpeTokenizer):
+        # The merges are learned on training documents only, so the split takes part.
+        split = {"split": config.data.split, "validation_fraction": config.data.validation_fraction}
+        name = f"bpe{config.tokenizer.vocab_size}"
+        return Identity("tokenizer", name, fields | split, {"corpus": corpus}, VERSIONS["tokenizer"])
+    return Identity("tokenizer", "gpt2", fields, {}, VERSIONS["tokenizer"])
+
+
+def _teacher(config: RunConfig, tokens: Identity) -> Identity:
+    teacher = config.teacher
+    if isinstance(teacher, HubTeacher):
+        local = Location.of(teacher.id)
+        fields: dict[str, Any] = {"id": teacher.id, "revision": teacher.revision}
+        if local.exists("config.json"):  # a folder: its weights are its identity, wherever it lies
+            fields = {
+                key: sha256_file(local.local(key))
+                for key in local.list()
+                if key == "config.json" or key.endswith(".safetensors")
+            }
+        return Identity("teacher", teacher.id.rstrip("/").rsplit("/", 1)[-1], fields, {}, VERSIONS["teacher"])
+    name = f"scratch-{teacher.n_layer}x{teacher.n_embd}"
+    return Identity("teacher", name, identity_fields(teacher), {"tokens": tokens}, VERSIONS["teacher"])
+
+
+def _init(config: RunConfig, teacher: Identity) -> Identity:
+    fields = {"method": identity_fields(config.method), "budget": identity_fields(config.budget)}
+    if config.method.name in SEEDED_METHODS:
+        fields["seed"] = config.seed
+    return Identity("init", config.method.name, fields, {"teacher": teacher}, VERSIONS["init"])

@@ -1,0 +1,105 @@
+"""The command line that every verb shares.
+
+    krony <verb> [CONFIG.toml] [--plan] [--force] [--quiet] [--json] [verb's own options] [--section.field
+    VALUE …]
+
+An option that the verb does not know is a config field; it is checked by the schema, so a typo gets a
+suggestion.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from pipeline.config.load import Study, load_study
+from pipeline.config.schema import RunConfig
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What was asked for."""
+
+    study: Study
+    options: argparse.Namespace
+    """The verb's own options beside `plan`, `force`, `quiet` and `json`."""
+
+    @property
+    def plan(self) -> bool:
+        """Show what would happen and do nothing."""
+        return bool(self.options.plan)
+
+    @property
+    def force(self) -> bool:
+        """Build again what is there."""
+        return bool(self.options.force)
+
+    @property
+    def quiet(self) -> bool:
+        """No progress lines."""
+        return bool(self.options.quiet)
+
+    @property
+    def json(self) -> bool:
+        """Results as JSON on stdout."""
+        return bool(self.options.json)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises our one-line error instead of printing its usage."""
+
+    def error(self, message: str) -> "None":  # type: ignore[override]
+        raise ConfigError(f"krony {self.prog.split()[-1]}: {message}; see `{self.prog} --help`")
+
+
+def parse(
+    verb: str,
+    argv: Sequence[str] | None,
+    *,
+    about: str,
+    extend: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> Arguments:
+    """Parse `argv`; raises ConfigError (exit code 2) for anything that is not understood."""
+    parser = _Parser(
+        prog=f"krony {verb}",
+        description=about,
+        epilog="Any config field is an option too: --section.field VALUE (see configs/base.toml).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "config", nargs="?", type=Path, help="TOML file; without it the defaults of configs/base.toml"
+    )
+    parser.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
+    parser.add_argument("--force", action="store_true", help="build again what is already there")
+    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    if extend:
+        extend(parser)
+    import sys
+
+    own, overrides = _split(parser, list(sys.argv[1:] if argv is None else argv))
+    options = parser.parse_args(own)
+    return Arguments(load_study(options.config, overrides=overrides), options)
+
+
+def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
+    """Words of the verb, and the config fields with their values."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    sections = {f.name.replace("_", "-") for f in fields(RunConfig)}
+    own: list[str] = []
+    overrides: list[str] = []
+    while words:
+        word = words.pop(0)
+        name = word.partition("=")[0]
+        if not word.startswith("--") or name in known:
+            own.append(word)
+            continue
+        if "." not in name and name[2:] not in sections:
+            raise ConfigError(f"{parser.prog}: unknown option {name}; see `{parser.prog} --help`")
+        overrides.append(word)
+        if "=" not in word:
+            if not words:
+                raise ConfigError(f"{parser.prog}: {word} needs a value")
+            overrides.append(words.pop(0))
+    return own, overrides

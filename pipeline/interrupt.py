@@ -1,0 +1,36 @@
+"""Asking a long job to stop: the first signal raises a flag, the second one ends the process.
+
+Inside `stop_on_signal` SIGINT and SIGTERM only set the flag, and the job leaves at its next safe point with
+its state saved. Outside of it a signal interrupts at once, which is safe there because artifacts are
+published last.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pipeline.progress import say
+
+
+@contextmanager
+def stop_on_signal(label: str) -> Iterator[Callable[[], bool]]:
+    """Yield `should_stop()`; it turns true at the first SIGINT or SIGTERM."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say(label, f"{signal.Signals(number).name}: saving the state, then stopping; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # a sweep trial in a thread is asked to stop by its sweep, not by signals
+        return
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

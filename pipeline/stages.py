@@ -1,0 +1,134 @@
+"""The stages of the chain, as functions that build an artifact or find it done.
+
+A verb of the command line, a sweep trial and `krony run` call the same functions, so there is one way to
+build each kind. A stage that is done loads nothing: no Ray, no torch.
+"""
+
+from collections.abc import Mapping
+
+from pipeline.chain import protocols
+from pipeline.config.schema import HubTeacher
+from pipeline.store.artifacts import Artifact
+from pipeline.work import Work
+
+
+def corpus(work: Work) -> Artifact:
+    """The documents, or the list of files that hold them."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        from pipeline.data.corpora import build_corpus
+
+        return build_corpus(
+            work.config.corpus,
+            work.chain.corpus,
+            work.store,
+            ray=work.config.ray,
+            force=force,
+            quiet=work.quiet,
+        )
+
+    return work.once(work.chain.corpus, build)
+
+
+def tokenizer(work: Work) -> Artifact:
+    """The tokenizer; a trained one needs the corpus, a published one does not."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        from pipeline.data.tokenizer import build_tokenizer
+
+        return build_tokenizer(work.config, work.chain.tokenizer, corpus(work), work.store, force=force)
+
+    return work.once(work.chain.tokenizer, build)
+
+
+def tokens(work: Work) -> Artifact:
+    """The shards of tokens."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        from pipeline.data.prepare import prepare_tokens
+
+        return prepare_tokens(
+            work.config.data,
+            work.chain.tokens,
+            corpus(work),
+            tokenizer(work),
+            work.store,
+            ray=work.config.ray,
+            force=force,
+            quiet=work.quiet,
+        )
+
+    return work.once(work.chain.tokens, build)
+
+
+def teacher(work: Work) -> Artifact:
+    """The dense model: published weights, or pretrained here by the same training code."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        if isinstance(work.config.teacher, HubTeacher):
+            from pipeline.compress.teacher import import_teacher
+
+            return import_teacher(work.config.teacher, work.chain.teacher, work.store, force=force)
+        from pipeline.training import train_teacher
+
+        return train_teacher(work, tokens(work), tokenizer(work), force=force)
+
+    return work.once(work.chain.teacher, build)
+
+
+def init(work: Work) -> Artifact:
+    """The compressed model before training, with the report of every replaced matrix."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        from pipeline.compress.build import build_init
+
+        return build_init(work.config, work.chain.init, teacher(work), work.store, force=force)
+
+    return work.once(work.chain.init, build)
+
+
+def run(work: Work) -> Artifact:
+    """The compressed model after recovery training, with its history and checkpoints."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        from pipeline.training import train_student
+
+        return train_student(work, init(work), tokens(work), force=force)
+
+    return work.once(work.chain.run, build)
+
+
+def model(work: Work) -> Artifact:
+    """The folders that others can load."""
+
+    def build(identity: object, force: bool) -> Artifact:
+        from pipeline.compress.export import export_model
+
+        return export_model(work.chain.model, run(work), tokenizer(work), work.store, force=force)
+
+    return work.once(work.chain.model, build)
+
+
+def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:
+    """The scores of the compressed model, or of its teacher, by protocol id."""
+    identities = work.chain.teacher_scores if of_teacher else work.chain.scores
+    result = {}
+    for protocol in protocols(work.config):
+
+        def build(identity: object, force: bool, protocol: object = protocol) -> Artifact:
+            from pipeline.evaluate.score import score_artifact
+
+            return score_artifact(
+                identities[protocol.id],
+                protocol,
+                model=teacher(work) if of_teacher else model(work),
+                tokens=tokens(work),
+                tokenizer=tokenizer(work),
+                config=work.config.eval,
+                store=work.store,
+                force=force,
+                quiet=work.quiet,
+            )
+
+        result[protocol.id] = work.once(identities[protocol.id], build)
+    return result

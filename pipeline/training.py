@@ -1,0 +1,170 @@
+"""Training one artifact: a request from its inputs, the loop where the config wants it, numbers to their places.
+
+The history is written by this process, in JSONL first and then in MLflow; a stop is asked for by signal and
+answered at the same step on all ranks. Teacher and students are trained by the same code and differ only in
+where they start.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.identity import identity_fields
+from pipeline.config.schema import ScratchTeacher, TrainConfig
+from pipeline.errors import Interrupted, KronyError
+from pipeline.interrupt import stop_on_signal
+from pipeline.progress import Progress
+from pipeline.store.artifacts import Artifact, Attempt
+from pipeline.store.location import Location
+from pipeline.tracking.jsonl import HistoryWriter
+from pipeline.tracking.tracker import Scalar, Tracker, flatten, open_tracker
+from pipeline.train.request import FitRequest, FitResult, Row
+from pipeline.work import Work
+
+START = "start"
+"""Where a teacher's random weights lie in its attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """What differs between a teacher and a student."""
+
+    label: str
+    settings: TrainConfig
+    seed: int
+    origin: Location
+    name: str
+    tags: dict[str, Scalar]
+
+
+def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) -> Artifact:
+    """Recovery training of a compressed model; raises Interrupted, with the state saved, when asked to stop."""
+    config = work.config
+    tags: dict[str, Scalar] = {
+        "krony.method": init.record.name,
+        "krony.parameters": int(init.record.metrics["parameters"]),
+        "krony.init": init.record.address,
+    }
+    with work.store.attempt(work.chain.run, resume=True, force=force) as attempt:
+        training = _Training("train", config.train, config.seed, init.location, config.name, tags)
+        return _train(work, attempt, tokens, training)
+
+
+def train_teacher(work: Work, tokens: Artifact, tokenizer: Artifact, *, force: bool) -> Artifact:
+    """Pretrain the dense teacher that the config describes, from random weights."""
+    teacher = work.config.teacher
+    if not isinstance(teacher, ScratchTeacher):
+        raise KronyError(f"teacher.name={teacher.name!r} is published and is not trained here")
+    with work.store.attempt(work.chain.teacher, resume=True, force=force) as attempt:
+        origin = attempt.location.child(START)
+        if not origin.exists("config.json"):
+            _random_teacher(teacher, int(tokenizer.record.metrics["vocab_size"]), origin)
+        name = f"teacher-{attempt.identity.name}"
+        training = _Training(
+            "teacher", teacher.train, teacher.seed, origin, name, {"krony.method": "teacher"}
+        )
+        return _train(work, attempt, tokens, training)
+
+
+def _random_teacher(teacher: ScratchTeacher, vocab_size: int, place: Location) -> None:
+    from model.config import GPT2Config, ModelSpec
+    from model.export import save_native
+    from model.gpt2 import random_gpt2
+
+    arch = GPT2Config(
+        n_layer=teacher.n_layer,
+        n_head=teacher.n_head,
+        n_embd=teacher.n_embd,
+        n_ctx=teacher.n_ctx,
+        vocab_size=vocab_size,
+    )
+    with tempfile.TemporaryDirectory(prefix="krony-") as folder:
+        save_native(random_gpt2(ModelSpec.dense(arch), seed=teacher.seed), Path(folder))
+        place.put_file("model.safetensors", Path(folder) / "model.safetensors")
+        place.put_file(
+            "config.json", Path(folder) / "config.json"
+        )  # last: it says that the start is complete
+
+
+def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Artifact:
+    shards = [name for name in tokens.record.files if name.endswith(".bin")]
+    request = FitRequest(
+        train=training.settings,
+        seed=training.seed,
+        init=training.origin,
+        tokens=tokens.location,
+        shards=tuple(sorted(name for name in shards if name.startswith("train-"))),
+        val_shards=tuple(sorted(name for name in shards if name.startswith("val-"))),
+        run=attempt.location,
+        fingerprint=attempt.identity.fingerprint,
+    )
+    tracker = _open(work, attempt, tokens, training)
+    began = time.monotonic()
+    try:
+        result = _fit(work, request, tracker, training)
+    except KeyboardInterrupt:
+        tracker.close("KILLED")
+        raise
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    if result.stopped:
+        tracker.close("KILLED")
+        raise Interrupted(
+            f"{attempt.identity.address}: stopped at step {result.step:,}/{training.settings.max_steps:,}, state "
+            "saved; the same command goes on from there"
+        )
+    metrics = {**result.metrics, "steps": result.step, "tokens": result.tokens}
+    settings = {"session_s": round(time.monotonic() - began, 1), "workers": work.config.ray.workers}
+    artifact = attempt.publish(metrics=metrics, settings=settings | {"name": training.name})
+    tracker.link(artifact.record.kind, artifact.location.uri, digest=artifact.record.digest)
+    tracker.close("FINISHED")
+    return artifact
+
+
+def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training) -> FitResult:
+    total = training.settings.max_steps
+    ray = work.config.ray
+    with (
+        HistoryWriter(request.run) as history,
+        Progress(training.label, total, unit="steps", quiet=work.quiet) as progress,
+        stop_on_signal(training.label) as should_stop,
+    ):
+
+        def on_log(row: Row) -> None:
+            history.append(row)
+            tracker.metrics(
+                {key: value for key, value in row.items() if key != "step"}, step=int(row["step"])
+            )
+            shown = {key: row[key] for key in ("loss", "val_loss", "lr") if key in row}
+            speed = {"tok/s": int(row["tokens_per_s"])} if "tokens_per_s" in row else {}
+            progress.update(int(row["step"]), **shown, **speed)
+
+        if ray.workers == 0:
+            from pipeline.train.local import fit
+
+            return fit(request, on_log=on_log, should_stop=should_stop)
+        from pipeline.train.distributed import fit as fit_on_ray
+
+        return fit_on_ray(request, ray, on_log=on_log, should_stop=should_stop)
+
+
+def _open(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Tracker:
+    config = work.config
+    address = attempt.identity.address
+    tracker = open_tracker(
+        config.tracking.uri,
+        store=config.store,
+        experiment=config.tracking.experiment,
+        run_id=f"{address}/{attempt.name}",
+        name=training.name,
+    )
+    sections = (
+        ("teacher", "tokenizer", "corpus") if training.label == "teacher" else ("method", "budget", "train")
+    )
+    asked = {section: identity_fields(getattr(config, section)) for section in sections}
+    tracker.params(flatten({**asked, "seed": training.seed}))
+    tracker.tags({"krony.address": address, "krony.workers": config.ray.workers, **training.tags})
+    tracker.dataset(tokens.record.name, digest=tokens.record.digest, source=tokens.location.uri)
+    return tracker

@@ -1,0 +1,102 @@
+"""What every test stands on: a home, a cache and a Ray of its own; nothing of the machine leaks in or out.
+
+The environment is set before a test module is imported, because libraries read it when they load. Ray starts
+once per test run, on loopback, with two CPUs and its own token, and only for tests that ask for `ray_local`.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+# Sockets below it may have paths of about 100 characters, so it is short and not pytest's own.
+SCRATCH = Path(tempfile.mkdtemp(prefix="kt-"))
+
+FOREIGN = ("HF_", "KRONY_", "MLFLOW_", "RAY_", "TIKTOKEN_", "TUNE_")
+KEPT = ("KRONY_SHARED", "TIKTOKEN_CACHE_DIR")
+OWN = {
+    "HOME": str(SCRATCH / "home"),
+    "KRONY_CACHE": str(SCRATCH / "cache"),
+    "RAY_TMPDIR": str(SCRATCH),
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(SCRATCH / "hf"),
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def pytest_configure() -> None:
+    """Swap the environment of whoever runs the tests for that of the tests."""
+    for name in list(os.environ):
+        if name.startswith(FOREIGN) and name not in KEPT:
+            del os.environ[name]
+    os.environ.update(OWN)
+    (SCRATCH / "home").mkdir()
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[ModuleType]:
+    """The `ray` module, connected to a private local Ray with two CPUs."""
+    from pipeline.cluster import connect
+    from pipeline.config.schema import RayConfig
+
+    with connect(RayConfig(), quiet=True, num_cpus=2) as ray:
+        yield ray
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text beside the project; the test is skipped where there is none."""
+    folder = Path(os.environ.get("KRONY_SHARED", str(PROJECT.parent / "shared"))) / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder of real text: set KRONY_SHARED to a folder that holds data/")
+    return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run this interpreter with arguments in an empty folder, the project on its path and no Ray to join."""
+
+    def run(
+        *arguments: str, cwd: Path = tmp_path, env: Mapping[str, str] = {}, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        surroundings = {
+            name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")
+        }
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=surroundings | {"PYTHONPATH": str(PROJECT)} | dict(env),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run

@@ -142,3 +142,26 @@ def leading_pairs(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     else:
         sigma = values.sqrt()
     return matrix @ vectors[:, :rank], vectors[:, :rank], sigma
+
+
+def dominant_pair(
+    matrix: Tensor, start: Tensor, *, rtol: float = 1e-12, max_iter: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Best rank-one form u v^T of a matrix (p, q) by power iteration from a right vector `start` (q,).
+
+    Every iterate is a product with the matrix, so what the matrix and the start share survives: entries that
+    are not negative (Perron), or positive semi-definite blocks. Returns u (p,) and v (q,) of equal norm.
+    """
+    matrix, right = matrix.double(), start.double()
+    left = matrix @ right
+    for _ in range(max_iter):
+        previous = right
+        left = matrix @ right
+        right = matrix.T @ left
+        if float(right.norm()) == 0:
+            return torch.zeros_like(left), torch.zeros_like(right)
+        left, right = left / left.norm(), right / right.norm()
+        if float((right - previous).norm()) <= rtol:
+            break
+    size = float(left @ (matrix @ right)) ** 0.5
+    return size * left, size * right

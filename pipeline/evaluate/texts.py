@@ -138,8 +138,8 @@ def read_text(name: str, folder: str | Path = "") -> Text:
     text = Text(name, tuple(rows), where)
     if text.sha256 != source.sha256:
         raise EvaluateError(
-            f"{where}: {len(text.rows):,} rows, sha256 {text.sha256[:12]}…, but {name} has "
-            f"{source.rows:,} rows, {source.sha256[:12]}…; get the original file, or leave eval.texts empty for the hub"
+            f"{where}: {len(text.rows):,} rows, sha256 {text.sha256[:12]}…, but {name} has {source.rows:,} "
+            f"rows, {source.sha256[:12]}…; get the original file, or leave eval.texts empty for the hub"
         )
     return text
 

@@ -1,0 +1,131 @@
+"""Statistics against closed forms, published values and simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.stats import (
+    hierarchical,
+    holm,
+    mcnemar,
+    mean_interval,
+    minimum_detectable,
+    paired_difference,
+    pareto_front,
+)
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(11)
+
+
+def test_bootstrap_interval_matches_the_normal_one():
+    values = rng().normal(3.0, 0.5, 400)
+    found = mean_interval(values, np.ones(400), rng=rng())
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert found.estimate == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    source = rng()
+    covered = 0
+    for _ in range(300):
+        tokens = source.integers(20, 200, 60).astype(float)
+        nll = tokens * (2.0 + source.normal(0, 0.3, 60))
+        found = mean_interval(nll, tokens, rng=source, resamples=400)
+        covered += found.low <= 2.0 <= found.high
+    assert 0.88 <= covered / 300 <= 0.99
+
+
+def test_pairing_removes_what_the_units_have_in_common():
+    source = rng()
+    difficulty = source.normal(4.0, 1.0, 300)
+    first = difficulty + 0.02 + source.normal(0, 0.05, 300)
+    second = difficulty + source.normal(0, 0.05, 300)
+    found = paired_difference(first, second, np.ones(300), rng=source)
+    assert found.excludes_zero
+    assert found.p_value < 0.01
+    alone = mean_interval(first, np.ones(300), rng=source)
+    assert (alone.high - alone.low) > 5 * (found.high - found.low)
+
+
+def test_no_difference_is_rejected_about_as_often_as_alpha():
+    source = rng()
+    rejected = 0
+    for _ in range(300):
+        values = source.normal(0, 1, 50)
+        rejected += (
+            paired_difference(values, np.zeros(50), np.ones(50), rng=source, resamples=400).p_value < 0.05
+        )
+    assert 0.01 <= rejected / 300 <= 0.12
+
+
+def test_seeds_widen_an_interval_that_units_alone_would_make_too_narrow():
+    source = rng()
+    unit = source.normal(0, 0.01, 200)
+    first = unit + np.array([0.0, 0.3, -0.3])[:, None]
+    second = unit + np.zeros((3, 1))
+    found = hierarchical(first, second, np.ones(200), rng=source)
+    assert not found.excludes_zero
+    assert found.high - found.low > 0.4
+    assert found.estimate == pytest.approx(0.0, abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 1000))
+def test_weights_are_the_denominator(count, seed):
+    source = np.random.default_rng(seed)
+    weights = source.integers(1, 50, count).astype(float)
+    nll = weights * source.uniform(1, 5, count)
+    found = mean_interval(nll, weights, rng=source, resamples=200)
+    assert found.estimate == pytest.approx(nll.sum() / weights.sum())
+    assert found.low <= found.high
+    assert (nll / weights).min() - 1e-9 <= found.low <= found.high <= (nll / weights).max() + 1e-9
+
+
+def test_units_that_differ_are_refused():
+    with pytest.raises(ValueError, match="same units"):
+        hierarchical(np.zeros((1, 3)), np.zeros((1, 4)), np.ones(3), rng=rng())
+
+
+def test_mcnemar_is_the_exact_binomial():
+    first = np.array([True] * 8 + [False] * 1 + [True] * 5)
+    second = np.array([False] * 8 + [True] * 1 + [True] * 5)
+    assert mcnemar(first, second) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar(first, first) == 1.0
+    assert mcnemar(first, second) == mcnemar(second, first)
+
+
+def test_holm_on_the_textbook_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_keeps_the_order_and_never_lowers(p_values):
+    adjusted = holm(p_values)
+    assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    assert all(adjusted[i] <= adjusted[j] for i, j in zip(order, order[1:], strict=False))
+
+
+def test_minimum_detectable_difference_of_the_modded_nanogpt_runs():
+    assert minimum_detectable(0.00065, seeds=3) == pytest.approx(0.0020, abs=5e-5)
+    assert minimum_detectable(0.00065, seeds=5) == pytest.approx(0.0013, abs=5e-5)
+    assert minimum_detectable(1.0, seeds=1) == math.inf
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=15))
+def test_pareto_front_is_what_nobody_beats(points):
+    sizes, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    front = pareto_front(sizes, losses)
+    for index, (size, loss) in enumerate(points):
+        beaten = any(s <= size and q <= loss and (s, q) != (size, loss) for s, q in points)
+        assert front[index] == (not beaten)
+    assert front.any()

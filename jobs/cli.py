@@ -28,8 +28,8 @@ VERBS = {
 }
 
 _HELP = (
-    "usage: krony <verb> [CONFIG.toml] [options]\n\n{verbs}\n\nEach verb has --help.  Exit codes: 0 done, 1 failed, \
-2 usage or config, 3 not ready, 130 interrupted."
+    "usage: krony <verb> [CONFIG.toml] [options]\n\n{verbs}\n\nEach verb has --help.  "
+    "Exit codes: 0 done, 1 failed, 2 usage or config, 3 not ready, 130 interrupted."
 )
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(verb: str, argv: Sequence[str] | None = None) -> int:
-    """Run `jobs.<verb>` with the error contract: KronyError is one line and its exit code, bugs keep their traceback."""
+    """Run `jobs.<verb>` : a KronyError is one line and its exit code, a bug of ours keeps its traceback."""
     if verb not in VERBS:
         import difflib
 
@@ -69,7 +69,7 @@ def run(verb: str, argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _terminated(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

@@ -8,7 +8,7 @@ from pipeline.config.arguments import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compress the teacher as every variant of a config asks; the teacher is built first if it is not there."""
+    """Compress the teacher as every variant of a config asks; it is built first if it is not there."""
     arguments = parse("compress", argv, about=__doc__)
     from pipeline import stages
     from pipeline.cluster import session

@@ -1,4 +1,4 @@
-"""`krony doctor`: is this machine, cluster, store and tracker ready? What is wrong gets one line and the way out."""
+"""`krony doctor`: is this machine, cluster, store and tracker ready? What is wrong gets one line."""
 
 import argparse
 import json

@@ -1,3 +1,1 @@
-"""The machinery around the models: configuration, store, data, compression jobs, training, evaluation,
-sweeps.
-"""
+"""The machinery: configuration, store, data, compression jobs, training, evaluation, sweeps."""

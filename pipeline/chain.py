@@ -50,7 +50,10 @@ class Chain:
 
 
 def chain(config: RunConfig) -> Chain:
-    """The identities that `config` stands for. Raises DataError or ConfigError if a named source is not there."""
+    """The identities that `config` stands for.
+
+    Raises DataError or ConfigError if a named source is not there.
+    """
     corpus = Identity("corpus", config.corpus.name, corpus_identity(config.corpus), {}, VERSIONS["corpus"])
     tokenizer = _tokenizer(config, corpus)
     tokens = Identity(
@@ -84,7 +87,7 @@ def chain(config: RunConfig) -> Chain:
 
 
 def protocols(config: RunConfig) -> list[Protocol]:
-    """The protocols that a config names, as its model can follow them (`@ctx` variants for a short context)."""
+    """The protocols that a config names, as its model can follow them (`@ctx` for a short context)."""
     return [get_protocol(name).at_context(_context(config)) for name in config.eval.protocols]
 
 

@@ -75,9 +75,7 @@ def connect(config: RayConfig, *, quiet: bool = False, num_cpus: int | None = No
 
 
 def runtime_env() -> dict[str, object]:
-    """What a worker of ours needs beyond its interpreter: our modules on its path, and the driver's
-    settings.
-    """
+    """What a worker of ours needs beyond its interpreter: the driver's settings."""
     handed_on = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
     return {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **handed_on}}
 

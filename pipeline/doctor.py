@@ -1,8 +1,8 @@
 """The checks of `krony doctor`: each says what it looked at, and what to do where something is not ready."""
 
+import os
 import platform
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -53,9 +53,7 @@ def _checked(name: str, check: Callable[[], str]) -> Finding:
 
 
 def _python() -> str:
-    if sys.version_info < (3, 11):
-        raise PreflightError(f"Python {platform.python_version()}; 3.11 or newer is needed")
-    return f"{platform.python_version()} on {platform.machine()}, {shutil.os.cpu_count()} cores"
+    return f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"
 
 
 def _project() -> str:
@@ -142,7 +140,7 @@ def _ray(config: RunConfig) -> str:
         wanted = config.ray.workers * config.ray.cpus_per_worker
         if wanted > total.get("CPU", 0):
             raise PreflightError(
-                f"ray.workers={config.ray.workers} need {wanted:g} CPUs, the cluster has {total.get('CPU', 0):g}; "
+                f"ray.workers={config.ray.workers} need {wanted:g} CPUs, there are {total.get('CPU', 0):g}; "
                 "lower ray.workers or ray.cpus_per_worker, or add nodes"
             )
         return (

@@ -19,7 +19,7 @@ def stop_on_signal(label: str) -> Iterator[Callable[[], bool]]:
     """Yield `should_stop()`; it turns true at the first SIGINT or SIGTERM."""
     asked = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()

@@ -19,13 +19,13 @@ from pipeline.tracking.jsonl import read_history
 
 
 def statuses(study: Study) -> list[dict[str, str]]:
-    """One row per artifact of the study, in building order: state (`done`, `unfinished`, `missing`), address, note."""
+    """One row per artifact, in building order: state (`done`, `unfinished`, `missing`), address, note."""
     rows: dict[str, dict[str, str]] = {}
     for config in study.configs:
         store = Store(config.store)
         for identity in chain(config).identities():
             if identity.address not in rows:
-                rows[identity.address] = _status(store, identity, config)
+                rows[identity.address] = _status(store, identity)
     return list(rows.values())
 
 
@@ -89,7 +89,7 @@ def _architecture(config: RunConfig) -> dict[str, int]:
     return sizes | {"vocab_size": vocab}
 
 
-def _status(store: Store, identity: Identity, config: RunConfig) -> dict[str, str]:
+def _status(store: Store, identity: Identity) -> dict[str, str]:
     row = {"kind": identity.kind, "address": identity.address}
     artifact = store.find(identity)
     if artifact:

@@ -60,7 +60,7 @@ class Progress:
         if kind is None:
             self.close()
 
-    def update(self, done: int, **values: str | float | int) -> None:
+    def update(self, done: int, **values: str | float) -> None:
         """`done` units are finished; `values` are shown as `name value`."""
         if self._start is None:
             self._start = done if done < self._total else 0  # resumed work is not work of this run
@@ -93,5 +93,5 @@ class Progress:
         print(f"{self._label:<10}{count}{unit}{self._text} · {ending}", file=sys.stderr, flush=True)
 
 
-def _show(value: str | float | int) -> str:
+def _show(value: str | float) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from pipeline.chain import protocols
 from pipeline.config.schema import HubTeacher
+from pipeline.evaluate.protocols import Protocol
 from pipeline.store.artifacts import Artifact
 from pipeline.work import Work
 
@@ -15,7 +16,7 @@ from pipeline.work import Work
 def corpus(work: Work) -> Artifact:
     """The documents, or the list of files that hold them."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         from pipeline.data.corpora import build_corpus
 
         return build_corpus(
@@ -23,7 +24,7 @@ def corpus(work: Work) -> Artifact:
             work.chain.corpus,
             work.store,
             ray=work.config.ray,
-            force=force,
+            force=work.forces("corpus"),
             quiet=work.quiet,
         )
 
@@ -33,10 +34,12 @@ def corpus(work: Work) -> Artifact:
 def tokenizer(work: Work) -> Artifact:
     """The tokenizer; a trained one needs the corpus, a published one does not."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         from pipeline.data.tokenizer import build_tokenizer
 
-        return build_tokenizer(work.config, work.chain.tokenizer, corpus(work), work.store, force=force)
+        return build_tokenizer(
+            work.config, work.chain.tokenizer, corpus(work), work.store, force=work.forces("tokenizer")
+        )
 
     return work.once(work.chain.tokenizer, build)
 
@@ -44,7 +47,7 @@ def tokenizer(work: Work) -> Artifact:
 def tokens(work: Work) -> Artifact:
     """The shards of tokens."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         from pipeline.data.prepare import prepare_tokens
 
         return prepare_tokens(
@@ -54,7 +57,7 @@ def tokens(work: Work) -> Artifact:
             tokenizer(work),
             work.store,
             ray=work.config.ray,
-            force=force,
+            force=work.forces("tokens"),
             quiet=work.quiet,
         )
 
@@ -64,14 +67,16 @@ def tokens(work: Work) -> Artifact:
 def teacher(work: Work) -> Artifact:
     """The dense model: published weights, or pretrained here by the same training code."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         if isinstance(work.config.teacher, HubTeacher):
             from pipeline.compress.teacher import import_teacher
 
-            return import_teacher(work.config.teacher, work.chain.teacher, work.store, force=force)
+            return import_teacher(
+                work.config.teacher, work.chain.teacher, work.store, force=work.forces("teacher")
+            )
         from pipeline.training import train_teacher
 
-        return train_teacher(work, tokens(work), tokenizer(work), force=force)
+        return train_teacher(work, tokens(work), tokenizer(work), force=work.forces("teacher"))
 
     return work.once(work.chain.teacher, build)
 
@@ -79,10 +84,10 @@ def teacher(work: Work) -> Artifact:
 def init(work: Work) -> Artifact:
     """The compressed model before training, with the report of every replaced matrix."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         from pipeline.compress.build import build_init
 
-        return build_init(work.config, work.chain.init, teacher(work), work.store, force=force)
+        return build_init(work.config, work.chain.init, teacher(work), work.store, force=work.forces("init"))
 
     return work.once(work.chain.init, build)
 
@@ -90,10 +95,10 @@ def init(work: Work) -> Artifact:
 def run(work: Work) -> Artifact:
     """The compressed model after recovery training, with its history and checkpoints."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         from pipeline.training import train_student
 
-        return train_student(work, init(work), tokens(work), force=force)
+        return train_student(work, init(work), tokens(work), force=work.forces("run"))
 
     return work.once(work.chain.run, build)
 
@@ -101,10 +106,12 @@ def run(work: Work) -> Artifact:
 def model(work: Work) -> Artifact:
     """The folders that others can load."""
 
-    def build(identity: object, force: bool) -> Artifact:
+    def build() -> Artifact:
         from pipeline.compress.export import export_model
 
-        return export_model(work.chain.model, run(work), tokenizer(work), work.store, force=force)
+        return export_model(
+            work.chain.model, run(work), tokenizer(work), work.store, force=work.forces("model")
+        )
 
     return work.once(work.chain.model, build)
 
@@ -115,7 +122,7 @@ def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:
     result = {}
     for protocol in protocols(work.config):
 
-        def build(identity: object, force: bool, protocol: object = protocol) -> Artifact:
+        def build(protocol: Protocol = protocol) -> Artifact:
             from pipeline.evaluate.score import score_artifact
 
             return score_artifact(
@@ -126,7 +133,7 @@ def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:
                 tokenizer=tokenizer(work),
                 config=work.config.eval,
                 store=work.store,
-                force=force,
+                force=work.forces("scores"),
                 quiet=work.quiet,
             )
 

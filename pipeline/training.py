@@ -1,4 +1,4 @@
-"""Training one artifact: a request from its inputs, the loop where the config wants it, numbers to their places.
+"""Training one artifact: a request from its inputs, the loop where wanted, numbers to their places.
 
 The history is written by this process, in JSONL first and then in MLflow; a stop is asked for by signal and
 answered at the same step on all ranks. Teacher and students are trained by the same code and differ only in
@@ -39,7 +39,7 @@ class _Training:
 
 
 def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) -> Artifact:
-    """Recovery training of a compressed model; raises Interrupted, with the state saved, when asked to stop."""
+    """Recovery training of a compressed model; raises Interrupted, state saved, when asked to stop."""
     config = work.config
     tags: dict[str, Scalar] = {
         "krony.method": init.record.name,
@@ -112,8 +112,8 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
     if result.stopped:
         tracker.close("KILLED")
         raise Interrupted(
-            f"{attempt.identity.address}: stopped at step {result.step:,}/{training.settings.max_steps:,}, state "
-            "saved; the same command goes on from there"
+            f"{attempt.identity.address}: stopped at step {result.step:,}/{training.settings.max_steps:,}, "
+            "state saved; the same command goes on from there"
         )
     metrics = {**result.metrics, "steps": result.step, "tokens": result.tokens}
     settings = {"session_s": round(time.monotonic() - began, 1), "workers": work.config.ray.workers}

@@ -27,7 +27,7 @@ class Work:
 
     @staticmethod
     def on(config: RunConfig, *, force: frozenset[str] = frozenset(), quiet: bool = False) -> "Work":
-        """Work on the store that the config names. Raises DataError if a source of the config is not there."""
+        """Work on the store that the config names. Raises DataError if a source is not there."""
         return Work(config, chain(config), Store(config.store), force, quiet)
 
     def variant(self, config: RunConfig) -> "Work":
@@ -44,11 +44,15 @@ class Work:
             self.say(identity.kind, f"done already · {identity.address}")
         return artifact
 
-    def once(self, identity: Identity, build: Callable[[Identity, bool], Artifact]) -> Artifact:
-        """The finished artifact, or `build(identity, force)`."""
+    def forces(self, kind: str) -> bool:
+        """Whether artifacts of this kind are built again."""
+        return kind in self.force
+
+    def once(self, identity: Identity, build: Callable[[], Artifact]) -> Artifact:
+        """The finished artifact, or what `build` publishes."""
         artifact = self.done(identity)
         if artifact is None:
-            artifact = build(identity, identity.kind in self.force)
+            artifact = build()
             self._seen.add(identity.address)
             size = sum(info.bytes for info in artifact.record.files.values())
             self.say(identity.kind, f"built · {identity.address} · {size / 1e6:,.1f} MB")

@@ -72,16 +72,16 @@ def search(
                 rows.append(row)
     if not rows:
         raise ModelError(
-            f"no Kronecker shape with up to {max_terms} terms has {near * (1 - tolerance):,.0f} to {near:,} parameters; "
-            "allow more terms (--terms) or choose another size"
+            f"no Kronecker shape with up to {max_terms} terms has {near * (1 - tolerance):,.0f} to {near:,} "
+            "parameters; allow more terms (--terms) or choose another size"
         )
     return sorted(rows, key=lambda row: (-row.parameters, row.mlp_macs))
 
 
 def table(rows: Sequence[ShapeRow]) -> str:
     """Rows for a terminal."""
-    head = f"{'size':<14}{'A x B of c_fc':<24}{'terms':>6}{'parameters':>14}{'without wpe':>14}{'rank':>7}{'MLP MACs':>10}"
-    lines = [head]
+    head = f"{'size':<14}{'A x B of c_fc':<24}{'terms':>6}{'parameters':>14}{'without wpe':>14}"
+    lines = [f"{head}{'rank':>7}{'MLP MACs':>10}"]
     for row in rows:
         rank = f"{row.rank}" if row.full_rank else f"{row.rank} !"
         lines.append(

@@ -85,7 +85,7 @@ def parse(
 
 def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
     """Words of the verb, and the config fields with their values."""
-    known = {option for action in parser._actions for option in action.option_strings}
+    known = set(parser._option_string_actions)  # noqa: SLF001  (argparse has no public list of its options)
     sections = {f.name.replace("_", "-") for f in fields(RunConfig)}
     own: list[str] = []
     overrides: list[str] = []

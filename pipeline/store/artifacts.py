@@ -28,7 +28,9 @@ from pipeline.store.records import KINDS, FileInfo, InputRef, Record
 BUILT_BY = {
     **dict.fromkeys(("corpus", "tokenizer", "tokens"), "prepare"),
     **dict.fromkeys(("teacher", "stats", "init"), "compress"),
-    **{"run": "train", "model": "export", "scores": "eval"},
+    "run": "train",
+    "model": "export",
+    "scores": "eval",
 }
 
 
@@ -92,9 +94,7 @@ class Artifact:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at building an artifact. Files put into `location` become real when `publish` puts the
-    record.
-    """
+    """One try at an artifact: what lies in `location` becomes real when `publish` puts the record."""
 
     identity: Identity
     store: "Store"
@@ -160,8 +160,8 @@ class Store:
         artifact = self._read(address.strip("/"), fingerprint="")
         if artifact is None:
             near = (
-                [r.address for r in self.records(address.split("/")[0])]
-                if address.split("/")[0] in KINDS
+                [r.address for r in self.records(address.split("/", maxsplit=1)[0])]
+                if address.split("/", maxsplit=1)[0] in KINDS
                 else []
             )
             raise StoreError(
@@ -236,7 +236,7 @@ class Store:
             try:
                 found = location.size(key)
             except FileNotFoundError:
-                if delay_s is None or location.is_local and delay_s > 0.5:
+                if delay_s is None or (location.is_local and delay_s > 0.5):
                     raise StoreError(f"{record.address}/{key}: file is missing; {builder}") from None
                 time.sleep(delay_s)
                 continue

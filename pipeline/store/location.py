@@ -70,9 +70,7 @@ def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A folder named by a URI: an absolute path, or anything that `pyarrow.fs` opens
-    (`s3://bucket/prefix`).
-    """
+    """A folder named by a URI: an absolute path, or what `pyarrow.fs` opens (`s3://bucket/prefix`)."""
 
     uri: str
 
@@ -80,8 +78,7 @@ class Location:
     def of(uri: str | Path) -> "Location":
         """A location from what people write: `~`, relative paths and `file://` become absolute paths."""
         text = str(uri)
-        if text.startswith("file://"):
-            text = text[len("file://") :]
+        text = text.removeprefix("file://")
         if "://" in text:
             return Location(text.rstrip("/"))
         return Location(str(Path(text).expanduser().resolve()))
@@ -108,9 +105,7 @@ class Location:
             stream.write(data)
 
     def put_file(self, key: str, source: Path, *, move: bool = False) -> None:
-        """Copy `source` to `key`, atomically; `move` may rename it instead where both lie on one file
-        system.
-        """
+        """Copy `source` to `key`, atomically; `move` may rename it instead, on one file system."""
         if self.is_local:
             with self._writing(key), replacing(self._path(key)) as scratch:
                 if move and source.stat().st_dev == scratch.parent.stat().st_dev:
@@ -253,8 +248,6 @@ class Location:
 
 
 def node_cache() -> Path:
-    """Where this node keeps copies of remote files, named by digest: KRONY_CACHE, or a folder for this
-    user.
-    """
+    """Where this node keeps copies of remote files, by digest: KRONY_CACHE, or a folder for this user."""
     default = Path(tempfile.gettempdir()) / f"krony-cache-{os.getuid()}"
     return Path(os.environ.get("KRONY_CACHE", str(default)))

@@ -38,9 +38,7 @@ def provenance() -> dict[str, Any]:
 
 
 def redact(argv: Sequence[str]) -> list[str]:
-    """`argv` without the values of options that look like secrets, and without users and passwords in
-    URIs.
-    """
+    """`argv` without values of options that look like secrets, and without passwords in URIs."""
     clean: list[str] = []
     hide_next = False
     for word in argv:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from model.compress.recipe import KronPrune, KronVL
 from pipeline.config.arguments import parse
 from pipeline.config.identity import identity_fields
@@ -127,7 +128,8 @@ def test_paths_are_relative_to_the_file_that_names_them(
 ) -> None:
     monkeypatch.setenv("TEXTS", "/data")
     (tmp_path / "in").mkdir()
-    text = 'store = "../s"\n[corpus]\nname = "files"\npaths = ["t/*.txt", "$TEXTS/b.txt"]\n[teacher]\nname="hub"\nid = "gpt2"'
+    text = 'store = "../s"\n[corpus]\nname = "files"\npaths = ["t/*.txt", "$TEXTS/b.txt"]\n'
+    text += '[teacher]\nname="hub"\nid = "gpt2"'
     config = load_study(write(tmp_path / "in", "c.toml", text)).first
     assert config.store == str(tmp_path / "s")
     assert isinstance(config.corpus, FilesCorpus)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
+
 from pipeline.errors import StoreError
 from pipeline.store import location as location_module
 from pipeline.store.artifacts import Identity, Store

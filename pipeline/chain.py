@@ -15,7 +15,7 @@ from typing import Any
 from model.compress.recipe import SEEDED_METHODS
 from pipeline.config.identity import identity_fields
 from pipeline.config.schema import BpeTokenizer, HubTeacher, RunConfig
-from pipeline.data.corpora import corpus_identity
+from pipeline.data.corpora import source_of
 from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
 from pipeline.evaluate.texts import TEXTS
 from pipeline.store.artifacts import Identity
@@ -54,7 +54,8 @@ def chain(config: RunConfig) -> Chain:
 
     Raises DataError or ConfigError if a named source is not there.
     """
-    corpus = Identity("corpus", config.corpus.name, corpus_identity(config.corpus), {}, VERSIONS["corpus"])
+    source = dict(source_of(config.corpus).identity())
+    corpus = Identity("corpus", config.corpus.name, source, {}, VERSIONS["corpus"])
     tokenizer = _tokenizer(config, corpus)
     tokens = Identity(
         "tokens",

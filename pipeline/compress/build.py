@@ -1,0 +1,68 @@
+"""From a teacher to a compressed model: plan → compress → check the count → publish.
+
+The plan fixes the exact number of parameters before a weight is touched; what was built must have it. Each
+replaced matrix leaves a row in `report.json`: predicted and achieved error, energy kept, rank, parameters, MACs.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from model.compress.budget import Budget
+from model.compress.methods import METHODS
+from model.config import ModelError
+from model.export import save_native
+from pipeline.compress.load import load_model
+from pipeline.config.schema import BudgetConfig, RunConfig
+from pipeline.errors import CompressError
+from pipeline.store.artifacts import Artifact, Identity, Store
+
+REPORT = "report.json"
+
+
+def build_init(
+    config: RunConfig, identity: Identity, teacher: Artifact, store: Store, *, force: bool = False
+) -> Artifact:
+    """Compress `teacher` as `config.method` says and publish it; CompressError if that cannot be done."""
+    began = time.monotonic()
+    dense = load_model(teacher)
+    try:
+        method = METHODS[config.method.name](config.method)
+        plan = method.plan(dense.spec, budget_of(config.budget), None)
+        compressed = method.compress(dense, plan, None, seed=config.seed)
+    except ModelError as err:
+        raise CompressError(f"{identity.address}: {err}") from err
+    counted = sum(parameter.numel() for parameter in compressed.model.parameters())
+    assert counted == plan.num_parameters, f"planned {plan.num_parameters:,} parameters, built {counted:,}"
+    rows = [asdict(row) for row in compressed.report]
+    with store.attempt(identity, force=force) as attempt, TemporaryDirectory(prefix="krony-") as scratch:
+        folder = Path(scratch)
+        save_native(compressed.model, folder)
+        (folder / REPORT).write_text(json.dumps(rows, indent=1))
+        attempt.location.put_folder(folder)
+        spec = compressed.model.spec
+        replaced = sum(row["parameters"] for row in rows)
+        energies = [row["energy_kept"] for row in rows if row["energy_kept"] is not None]
+        metrics = {
+            "parameters": spec.num_parameters("tied_all"),
+            "krony_parameters": spec.num_parameters("krony_no_wpe"),
+            "dense_parameters": dense.spec.num_parameters("tied_all"),
+            "macs_per_token": spec.macs_per_token("factored"),
+            "dense_macs_per_token": dense.spec.macs_per_token("factored"),
+            "replaced_matrices": len(rows),
+            "replaced_parameters": replaced,
+            "energy_kept": sum(energies) / len(energies) if energies else 1.0,
+        }
+        return attempt.publish(metrics=metrics, settings={"compress_s": round(time.monotonic() - began, 2)})
+
+
+def budget_of(config: BudgetConfig) -> Budget:
+    """The cap of a config as the methods take it."""
+    return Budget(
+        params=config.params,
+        convention=config.convention,
+        tolerance=config.tolerance,
+        allocate=config.allocate,
+    )

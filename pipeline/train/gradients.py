@@ -1,11 +1,11 @@
 """All gradients of a model in one flat tensor, so that a step of any world size is one sum.
 
 `p.grad` of every parameter is a view into the buffer; backward adds into it. After the last micro-batch one
-all-reduce *sums* the buffer over ranks, and the loss rides along in its last element. That is the data parallelism of
-`DistributedDataParallel` minus its averaging: a rank with more rows than another, with fewer micro-batches, or with no
-rows at all needs nothing special, and because the layout never changes, a restarted run repeats the sums of an
-undisturbed one to the bit (torch's class re-orders its buckets after the first step). The cost: the sum starts after
-backward, not during it.
+all-reduce *sums* the buffer over ranks, and the loss rides along in its last element. That is the data
+parallelism of `DistributedDataParallel` minus its averaging: a rank with more rows than another, with fewer
+micro-batches, or with no rows at all needs nothing special, and because the layout never changes, a restarted
+run repeats the sums of an undisturbed one to the bit (torch's class re-orders its buckets after the first
+step). The cost: the sum starts after backward, not during it.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ class GradientBuffer:
         return self._loss.clone().squeeze(0)
 
     def clip_(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global norm of at most `max_norm` (0 leaves them); returns the norm before.
+        """Scale the gradients to a norm of at most `max_norm` (0: leave them); returns the norm before.
 
         It is a scalar on the device: nothing here waits for it.
         """

@@ -1,8 +1,8 @@
 """Who am I among the processes of a run: rank, world, device, and the few things that ranks agree on.
 
-Three ways to get one: nothing (a single process), the environment that `torchrun` sets, or a process group that
-somebody else has made (Ray Train). The loop sees only the result. Every collective has a finite timeout; a peer that
-is gone is a `PeerLost`, never a hang.
+Three ways to get one: nothing (a single process), the environment that `torchrun` sets, or a process group
+that somebody else has made (Ray Train). The loop sees only the result. Every collective has a finite timeout;
+a peer that is gone is a `PeerLost`, never a hang.
 """
 
 import os
@@ -84,7 +84,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise PreflightError(
-                f"train.device='cuda': local rank {local_rank} needs a GPU of its own, this machine has {count}; "
+                f"train.device='cuda': local rank {local_rank} needs its own GPU, this machine has {count}; "
                 "start fewer processes or set train.device='cpu'"
             )
         return torch.device("cuda", local_rank)

@@ -1,0 +1,264 @@
+"""Train on Ray: the same loop on every worker of a Ray Train group, with restarts, and a line to the driver.
+
+Ray Train places the workers, makes the process group and restarts it when a worker is lost; it hears numbers
+and keeps no checkpoints of ours. Rows travel through the line: rank 0 pushes before it saves, so a checkpoint
+never knows a row that the driver cannot get. An error that a person can act on ends the run: it is left on
+the line, the next group finds it there and returns at once, and the driver raises it as the one line that it
+is.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cluster import connect, require_resources
+from pipeline.config.schema import RayConfig
+from pipeline.errors import KronyError, PreflightError, TrainError
+from pipeline.progress import say
+from pipeline.store.location import Location
+from pipeline.train.line import Line
+from pipeline.train.loop import Hooks, run
+from pipeline.train.relay import Relay
+from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
+from pipeline.train.session import DivergedError
+from pipeline.train.topology import TIMEOUT_S, PeerLost, choose_device, joined
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+
+PUMP_S = 0.2
+"""Seconds between two looks at the line, by the driver and by rank 0."""
+
+FREE_WAIT_S = 20.0
+"""Longest wait for CPUs and GPUs that other work still holds, in seconds."""
+
+CONTROLLER_FAILURES = 3
+PREEMPTIONS = 10
+
+
+def fit(request: FitRequest, config: RayConfig, *, on_log: OnLog, should_stop: ShouldStop) -> FitResult:
+    """Train on `config.workers` workers, or continue; `on_log` and `should_stop` are called in this process.
+
+    Raises PreflightError if the cluster cannot hold the workers, TrainError if the group is lost more often
+    than `config.max_failures`, and whatever KronyError a worker raised.
+    """
+    with connect(config) as ray:
+        _require_room(ray, config)
+        line = _open_line(ray)
+        storage, name = _scratch(request.run)
+        _clear(storage, name)  # Ray Train would resume from what lies there
+        trainer = _trainer(request, config, line=line, storage=storage, name=name)
+        try:
+            answer = _drive(ray, trainer, line, Relay(request, on_log), should_stop)
+        finally:
+            _clear(storage, name)
+            ray.kill(line)
+    if isinstance(answer, KronyError):
+        raise answer
+    return answer
+
+
+# --- in the driver
+# ----------------------------------------------------------------------------------------------
+
+
+def _require_room(ray: "ModuleType", config: RayConfig) -> None:
+    asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
+    what = f"training with {config.workers} workers"
+    require_resources(ray, cpus=asked["CPU"], gpus=asked["GPU"], what=what)
+    until = time.monotonic() + FREE_WAIT_S
+    while True:
+        free = ray.available_resources()
+        short = {name: count for name, count in asked.items() if count > free.get(name, 0.0) + 1e-9}
+        if not short:
+            return
+        if time.monotonic() > until:
+            listed = " and ".join(
+                f"{count:g} {name}, free {free.get(name, 0.0):g}" for name, count in short.items()
+            )
+            raise PreflightError(
+                f"{what} asks for {listed}; other work holds the rest: wait for it, or lower ray.workers"
+            )
+        time.sleep(PUMP_S)
+
+
+def _open_line(ray: "ModuleType") -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
+
+
+def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Location, name: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = config.gpus_per_worker > 0
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if gpu else {})
+
+    def worker() -> FitResult | KronyError:
+        return _work(request, line, gpu=gpu)
+
+    return TorchTrainer(
+        worker,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(TIMEOUT_S)),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.uri,
+            failure_config=FailureConfig(
+                max_failures=config.max_failures,
+                controller_failure_limit=CONTROLLER_FAILURES,  # infinite unless set, like the next
+                max_preemption_failures=PREEMPTIONS,
+            ),
+        ),
+    )
+
+
+def _drive(
+    ray: "ModuleType", trainer: Any, line: Any, relay: Relay, should_stop: ShouldStop
+) -> FitResult | KronyError:
+    """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
+    asked = False
+    pool = ThreadPool(1)
+    try:
+        running = pool.apply_async(trainer.fit)
+        while not running.ready():
+            running.wait(PUMP_S)
+            if not asked and should_stop():
+                ray.get(line.ask_stop.remote())
+                asked = True
+            _pump(ray, line, relay)
+        _pump(ray, line, relay)
+        return _answer(ray, running.get, line)
+    except ray.exceptions.RayError as err:
+        raise TrainError(
+            f"the connection to Ray was lost ({_first_line(err)}); "
+            "the same command continues from the last checkpoint"
+        ) from err
+    finally:
+        pool.terminate()
+
+
+def _answer(ray: "ModuleType", result: Callable[[], Any], line: Any) -> FitResult | KronyError:
+    from ray.train import ControllerError, TrainingFailedError
+
+    try:
+        answer = result().return_value
+    except TrainingFailedError as err:
+        if (failure := ray.get(line.failure.remote())) is not None:
+            raise failure from err
+        if isinstance(err, ControllerError):
+            raise PreflightError(
+                f"Ray could not start the workers ({_first_line(err.controller_failure)}); "
+                "`krony doctor` shows what is free"
+            ) from err
+        raise TrainError(
+            f"{_blame(err)}; restarts are used up (ray.max_failures): "
+            "the same command continues from the last checkpoint"
+        ) from err
+    assert isinstance(answer, FitResult | KronyError), answer
+    return answer
+
+
+def _pump(ray: "ModuleType", line: Any, relay: Relay) -> None:
+    told = ray.get(line.listen.remote())
+    for note in told.notes:
+        say("train", note)
+    relay.rows(told.rows)
+
+
+def _blame(err: BaseException) -> str:
+    failures: Mapping[int, BaseException] = getattr(err, "worker_failures", {})
+    # A rank that lost its peer is a symptom; the others are nearer to the cause.
+    ordered = sorted(failures.items(), key=lambda item: ("PeerLost" in repr(item[1]), item[0]))
+    if not ordered:
+        return _first_line(err)
+    rank, failure = ordered[0]
+    return f"worker {rank}: {_first_line(failure)}"
+
+
+def _first_line(err: BaseException) -> str:
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    # The text of a remote error ends with the error itself, above it stands its traceback.
+    return f"{type(err).__name__}: {lines[-1] if lines and 'Traceback' in str(err) else (lines or [''])[0]}"
+
+
+def _scratch(run_location: Location) -> tuple[Location, str]:
+    """Where Ray Train may write, and the run's name: address and attempt, so never a name of another run."""
+    path = PurePosixPath(run_location.uri)
+    return Location(run_location.uri.rsplit("/", 1)[0]), "ray-" + "-".join(path.parts[-3:])
+
+
+def _clear(storage: Location, name: str) -> None:
+    if storage.is_local:
+        shutil.rmtree(Path(storage.uri) / name, ignore_errors=True)
+        return
+    for key in storage.list(name):
+        storage.delete(key)
+
+
+# --- in a worker
+# ------------------------------------------------------------------------------------------------
+
+
+def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | KronyError:
+    """One rank. An error that all ranks meet alike is returned; any other one ends the group."""
+    import ray
+
+    if (failure := ray.get(line.failure.remote())) is not None:
+        assert isinstance(failure, KronyError)
+        return failure
+    topology = joined(_device(request, gpu=gpu))
+    try:
+        return run(request, topology, _hooks(line, is_main=topology.is_main))
+    except DivergedError as err:
+        return err
+    except PeerLost:
+        raise
+    except KronyError as err:
+        ray.get(line.fail.remote(err))
+        raise
+
+
+def _device(request: FitRequest, *, gpu: bool) -> "torch.device":
+    name = request.train.device
+    if gpu:
+        from ray.train.torch import get_device
+
+        device: torch.device = get_device()
+        return device
+    if name == "cuda":
+        raise PreflightError("train.device='cuda' on Ray needs ray.gpus_per_worker of at least 1, it is 0")
+    return choose_device("cpu" if name == "auto" else name)
+
+
+def _hooks(line: Any, *, is_main: bool) -> Hooks:
+    import ray
+    import ray.train
+
+    told = False
+
+    def on_log(row: Row) -> None:
+        if is_main:
+            ray.get(line.push.remote([row]))
+        ray.train.report(dict(row))  # a barrier: every rank, every time
+
+    def preempted() -> bool:
+        nonlocal told
+        notice = ray.train.get_preemption_info() is not None  # a barrier too
+        first, told = notice and not told, told or notice
+        return first
+
+    return Hooks(
+        on_log=on_log,
+        on_history=lambda rows: ray.get(line.push.remote(list(rows))),
+        on_note=lambda text: ray.get(line.note.remote(text)),
+        should_stop=lambda: is_main and bool(ray.get(line.is_stop_asked.remote())),
+        should_save=preempted,
+    )

@@ -1,0 +1,59 @@
+"""The line between the workers of a run and its driver: rows, notes and errors one way, wishes the other.
+
+A plain object that the driver turns into one actor without CPUs. Its process loads neither torch nor the
+loop.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pipeline.errors import KronyError
+from pipeline.train.request import Row
+
+
+class Told(NamedTuple):
+    """What came in since the last look."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
+class Line:
+    """A mailbox; every call is short."""
+
+    def __init__(self) -> None:
+        """Nothing said, nothing wished."""
+        self._rows: list[Row] = []
+        self._notes: list[str] = []
+        self._stop = False
+        self._error: KronyError | None = None
+
+    def push(self, rows: Sequence[Row]) -> None:
+        """A worker tells rows."""
+        self._rows.extend(rows)
+
+    def note(self, text: str) -> None:
+        """A worker tells something that a person should read."""
+        self._notes.append(text)
+
+    def listen(self) -> Told:
+        """The driver takes what came in."""
+        told = Told(self._rows, self._notes)
+        self._rows, self._notes = [], []
+        return told
+
+    def ask_stop(self) -> None:
+        """The driver asks all workers to save and leave."""
+        self._stop = True
+
+    def is_stop_asked(self) -> bool:
+        """A worker looks whether it should leave."""
+        return self._stop
+
+    def fail(self, error: KronyError) -> None:
+        """A worker met an error that no restart mends; the first one counts."""
+        self._error = self._error or error
+
+    def failure(self) -> KronyError | None:
+        """What a new group looks at before it begins."""
+        return self._error

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -176,7 +177,8 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 f"checkpoint weight {name!r} is {tuple(weights[name].shape)}, "
                 f"the model's is {tuple(parameter.shape)}"
             )
-        parameter.data.copy_(weights[name])
+        with torch.no_grad():
+            parameter.copy_(weights[name])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """From a teacher to a compressed model: plan → compress → check the count → publish.
 
-The plan fixes the exact number of parameters before a weight is touched; what was built must have it. Each
+The plan fixes the exact number of parameters before a weight is touched, and what was built must have it. Each
 replaced matrix leaves a row in `report.json`: predicted and achieved error, energy kept, rank, parameters, MACs.
 """
 

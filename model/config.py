@@ -310,7 +310,7 @@ class ModelSpec:
             widths = (block.mlp_hidden, block.head_qk, block.head_vo)
             if min(widths) < 1 or block.mlp_hidden > n_inner or max(widths[1:]) > head_dim:
                 raise ModelError(
-                    f"block {block.source}: widths (mlp_hidden, head_qk, head_vo) = {widths} must be at least 1 "
+                    f"block {block.source}: (mlp_hidden, head_qk, head_vo) = {widths} must be at least 1 "
                     f"and at most {(n_inner, head_dim, head_dim)}"
                 )
         for site in self.sites():
@@ -325,11 +325,12 @@ class ModelSpec:
             )
 
     @classmethod
-    def dense(cls, arch: GPT2Config) -> Self:
+    def dense(cls, arch: GPT2Config, *, tied: bool = True) -> Self:
         """The stock model."""
         head = arch.head_dim
         block = BlockSpec(source=0, mlp_hidden=arch.n_inner, head_qk=head, head_vo=head)
-        return cls(arch=arch, blocks=tuple(replace(block, source=i) for i in range(arch.n_layer)))
+        blocks = tuple(replace(block, source=i) for i in range(arch.n_layer))
+        return cls(arch=arch, blocks=blocks, tied=tied)
 
     def sites(self) -> tuple[Site, ...]:
         """Every weight matrix of the blocks, in order of use; `h.{i}` counts kept blocks."""

@@ -1,0 +1,143 @@
+"""GPT-2, with a seam where every weight matrix plugs in.
+
+The maths is that of the stock model: pre-LayerNorm blocks, learned positions, `gelu_new`, tied head. What
+stands at a weight matrix is asked of a factory, so a compressed model is this file with other layers. Heads
+and MLPs may be narrower than stock; the attention scale stays that of the stock head width.
+"""
+
+# B batch · T tokens · C residual width · V vocabulary · H heads · Q, O width of a query or key, of a value
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import BlockSpec, Convention, GPT2Config, ModelError, ModelSpec, SplitQKV
+from model.layers.embedding import Embedding
+from model.layers.factory import LinearFactory, make_linear, make_table
+from model.layers.structured import StructuredLinear
+from model.losses import chunked_cross_entropy_sum
+
+INIT_STD = 0.02
+"""Standard deviation of GPT-2's fresh weights."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    c_attn: StructuredLinear
+    q: StructuredLinear
+    k: StructuredLinear
+    v: StructuredLinear
+
+    def __init__(self, block: BlockSpec, arch: GPT2Config, layers: dict[str, StructuredLinear]) -> None:
+        super().__init__()
+        self.n_head, self.scale = arch.n_head, arch.head_dim**-0.5
+        self.widths = [arch.n_head * width for width in (block.head_qk, block.head_qk, block.head_vo)]
+        self.is_split = isinstance(block.attn_c_attn, SplitQKV)
+        for name in ("q", "k", "v") if self.is_split else ("c_attn",):
+            self.add_module(name, layers[f"attn.{name}"])
+        self.c_proj = layers["attn.c_proj"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        parts = (
+            (self.q(x), self.k(x), self.v(x)) if self.is_split else self.c_attn(x).split(self.widths, dim=-1)
+        )
+        q, k, v = (
+            part.reshape(*x.shape[:2], self.n_head, -1).transpose(1, 2) for part in parts
+        )  # (B, H, T, Q or O)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, O)
+        out: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """Up, `gelu_new`, down."""
+
+    def __init__(self, layers: dict[str, StructuredLinear]) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = layers["mlp.c_fc"], layers["mlp.c_proj"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention, then x + MLP, each behind a LayerNorm."""
+
+    def __init__(self, block: BlockSpec, arch: GPT2Config, factory: LinearFactory) -> None:
+        super().__init__()
+        layers = {site.name: factory(site) for site in block.sites(arch)}
+        self.ln_1 = nn.LayerNorm(arch.n_embd, eps=arch.layer_norm_epsilon)
+        self.attn = Attention(block, arch, layers)
+        self.ln_2 = nn.LayerNorm(arch.n_embd, eps=arch.layer_norm_epsilon)
+        self.mlp = MLP(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class GPT2(nn.Module):
+    """The language model that a `ModelSpec` describes; weights are zero until `init_weights` or a load."""
+
+    def __init__(self, spec: ModelSpec, *, factory: LinearFactory = make_linear) -> None:
+        super().__init__()
+        arch = spec.arch
+        self.spec = spec
+        self.wte = make_table(spec.embedding, rows=arch.vocab_size, width=arch.n_embd)
+        self.wpe = Embedding(arch.n_ctx, arch.n_embd)
+        self.h = nn.ModuleList(Block(block, arch, factory) for block in spec.blocks)
+        self.ln_f = nn.LayerNorm(arch.n_embd, eps=arch.layer_norm_epsilon)
+        self.lm_head = None if spec.tied else Embedding(arch.vocab_size, arch.n_embd)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T); given targets (B, T), the fp32 sum of token losses (< 0: left out)."""
+        if idx.shape[-1] > self.spec.arch.n_ctx:
+            raise ModelError(f"{idx.shape[-1]:,} tokens do not fit the context of {self.spec.arch.n_ctx:,}")
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[-1]]  # (B, T, C)
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        if targets is None:
+            return self.logits(x)
+        vocab_size = self.spec.arch.vocab_size
+        return chunked_cross_entropy_sum(x, targets, head=self.logits, vocab_size=vocab_size)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The output head: (..., C), after `ln_f`, -> (..., V)."""
+        return self.wte.logits(x) if self.lm_head is None else self.lm_head.logits(x)
+
+    def site(self, name: str) -> StructuredLinear:
+        """The layer at a weight matrix, such as `h.0.mlp.c_fc`."""
+        layer = self.get_submodule(name)
+        if not isinstance(layer, StructuredLinear):
+            raise ModelError(f"{name!r} is a {type(layer).__name__}, not a weight matrix")
+        return layer
+
+    def init_weights(self, *, seed: int) -> "GPT2":
+        """Fresh weights as GPT-2 has them: std 0.02, and 0.02 / sqrt(2 L) in both `c_proj`. Returns self.
+
+        Factors are drawn so that their product has that std. The same seed gives the same weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / (2 * len(self.h)) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, StructuredLinear):
+                std = residual_std if name.endswith("c_proj") else INIT_STD
+                module.init_weights(std=std, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif module in (self.wte, self.wpe, self.lm_head):
+                module.init_weights(std=INIT_STD, generator=generator)
+        return self
+
+    def num_parameters(self, convention: Convention = "tied_all") -> int:
+        """Unique trainable parameters, counted on the tensors; equal to `spec.num_parameters`."""
+        total = sum(p.numel() for p in self.parameters())
+        wte, wpe = (sum(p.numel() for p in table.parameters()) for table in (self.wte, self.wpe))
+        return total - {"tied_all": 0, "krony_no_wpe": wpe, "non_embedding": wte + wpe}[convention]

@@ -4,6 +4,7 @@ The environment is set before a test module is imported, because libraries read 
 once per test run, on loopback, with two CPUs and its own token, and only for tests that ask for `ray_local`.
 """
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -100,3 +102,15 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny model with shards, and training runs on them: `Lab` of `train_lab.py`."""
+    spec = importlib.util.spec_from_file_location("train_lab", PROJECT / "tests" / "train_lab.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_lab"] = module
+    spec.loader.exec_module(module)
+    return module.Lab.build(tmp_path_factory.mktemp("lab"))

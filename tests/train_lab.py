@@ -1,0 +1,125 @@
+"""Tiny training runs for the tests: two layers of width 32, 300 tokens, a text that can be learned.
+
+Also a script, one rank of `torchrun`:
+
+    python -m torch.distributed.run … tests/train_lab.py LAB RUN '{"max_steps": 8}'
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.config import GPT2Config, ModelSpec
+from model.export import load_native, save_native
+from model.gpt2 import GPT2
+from pipeline.config.schema import TrainConfig
+from pipeline.data.shards import ShardWriter
+from pipeline.store.location import Location
+from pipeline.train.request import FitRequest, FitResult, Row
+
+VOCAB = 300
+SPEC = ModelSpec.dense(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=16, vocab_size=VOCAB))
+TRAIN = {
+    "max_steps": 20, "batch_tokens": 96, "seq_len": 16, "micro_batch": 2, "lr": 3e-3, "warmup_steps": 4,
+    "val_every": 10, "val_tokens": 120, "checkpoint_every": 10, "log_every": 5, "device": "cpu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of `fit` gave."""
+
+    result: FitResult
+    rows: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder with an initial model and shards."""
+
+    folder: Path
+
+    @staticmethod
+    def build(folder: Path, *, spec: ModelSpec = SPEC) -> "Lab":
+        """Write everything that a run starts from."""
+        (folder / "init").mkdir(parents=True)
+        (folder / "tokens").mkdir()
+        save_native(GPT2(spec).init_weights(seed=1), folder / "init")
+        for name, seed, count in (("train-00000", 1, 900), ("train-00001", 2, 700), ("val-00000", 3, 150)):
+            with ShardWriter(folder / "tokens" / f"{name}.bin") as shard:
+                shard.add(text(seed, count))
+        return Lab(folder)
+
+    def request(
+        self, run: Path, *, seed: int = 5, fingerprint: str = "f" * 64, **train: object
+    ) -> FitRequest:
+        """A request for a run below `run`; `train` overrides the tiny defaults."""
+        return FitRequest(
+            train=TrainConfig(**{**TRAIN, **train}),
+            seed=seed,
+            init=Location(str(self.folder / "init")),
+            tokens=Location(str(self.folder / "tokens")),
+            shards=("train-00000.bin", "train-00001.bin"),
+            val_shards=("val-00000.bin",),
+            run=Location(str(run)),
+            fingerprint=fingerprint,
+        )
+
+    def fit(self, request: FitRequest, *, stop_at: int | None = None) -> Outcome:
+        """Train in this process; asked to stop once step `stop_at` was logged."""
+        from pipeline.train.local import fit
+
+        rows: list[dict[str, float]] = []
+
+        def should_stop() -> bool:
+            return stop_at is not None and bool(rows) and rows[-1]["step"] >= stop_at
+
+        return Outcome(fit(request, on_log=lambda row: rows.append(dict(row)), should_stop=should_stop), rows)
+
+    def weights(self, run: Path) -> dict[str, torch.Tensor]:
+        """The published weights of a run."""
+        return {name: p.detach() for name, p in load_native(run).named_parameters()}
+
+    def launch(self, python: Callable[..., object], run: Path, *, ranks: int, **train: object) -> object:
+        """The same run under `torchrun` with so many ranks; `python` is the fixture of that name."""
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+        return python(*launcher, str(Path(__file__)), str(self.folder), str(run), json.dumps(train))
+
+
+def text(seed: int, count: int) -> np.ndarray:
+    """Tokens of a noisy first-order chain over the vocabulary: predictable enough to learn from."""
+    random = np.random.default_rng(seed)
+    tokens = np.zeros(count, dtype=np.int64)
+    for i in range(1, count):
+        tokens[i] = (tokens[i - 1] * 7 + random.integers(0, 3)) % VOCAB
+    return tokens
+
+
+def differences(rows: Sequence[Row], others: Sequence[Row], *, names: Iterable[str]) -> dict[str, float]:
+    """Largest relative difference of each named number over two histories of the same steps."""
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    found = dict.fromkeys(names, 0.0)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for name in found:
+            if name in row:
+                found[name] = max(found[name], abs(row[name] - other[name]) / abs(other[name]))
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    """One rank; rank 0 leaves its rows beside the run."""
+    folder, run, train = argv
+    lab = Lab(Path(folder))
+    outcome = lab.fit(lab.request(Path(run), **json.loads(train)))
+    if outcome.rows:
+        (Path(run) / "rows.json").write_text(json.dumps(outcome.rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

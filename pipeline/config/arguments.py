@@ -46,11 +46,12 @@ class Arguments:
         return bool(self.options.json)
 
 
-class _Parser(argparse.ArgumentParser):
+class LineParser(argparse.ArgumentParser):
     """argparse that raises our one-line error instead of printing its usage."""
 
     def error(self, message: str) -> "None":  # type: ignore[override]
-        raise ConfigError(f"krony {self.prog.split()[-1]}: {message}; see `{self.prog} --help`")
+        """Raise a ConfigError; the caller names the verb."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def parse(
@@ -61,7 +62,7 @@ def parse(
     extend: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> Arguments:
     """Parse `argv`; raises ConfigError (exit code 2) for anything that is not understood."""
-    parser = _Parser(
+    parser = LineParser(
         prog=f"krony {verb}",
         description=about,
         epilog="Any config field is an option too: --section.field VALUE (see configs/base.toml).",

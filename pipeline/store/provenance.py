@@ -60,7 +60,9 @@ def _constant() -> dict[str, Any]:
     lock = PROJECT / "constraints.txt"
     return {
         "commit": _git("rev-parse", "HEAD").strip() or os.environ.get("KRONY_COMMIT", ""),
-        "dirty": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff.strip() else "",
+        "dirty": hashlib.sha256(diff.encode()).hexdigest()[:16]
+        if diff.strip()
+        else os.environ.get("KRONY_DIRTY", ""),
         "lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "",
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -77,7 +79,7 @@ def _git(*arguments: str) -> str:
             ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""  # a job on a cluster has no git; the submitter hands its commit on in KRONY_COMMIT
+        return ""  # a job on a cluster has no git; KRONY_COMMIT and KRONY_DIRTY come from the submitter
     return done.stdout if done.returncode == 0 else ""
 
 

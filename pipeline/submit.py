@@ -1,0 +1,221 @@
+"""A verb as a job on a Ray cluster: what is sent, under which name, and whether it runs there already.
+
+What is sent is this checkout without what `.gitignore` and `.rayignore` name, as Ray itself reads them. The
+name follows from verb, store and config, so the same work is never started twice at a time: Ray refuses a
+name that is in use.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.identity import identity_fields
+from pipeline.config.load import Study, load_study
+from pipeline.config.schema import RunConfig
+from pipeline.errors import PreflightError
+from pipeline.store.location import Location
+from pipeline.store.provenance import provenance
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+PROJECT = Path(__file__).resolve().parents[1]
+LIMIT_BYTES = 100 * 2**20
+"""What a dashboard takes in one upload."""
+
+ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Files below a folder that a job would see."""
+
+    folder: Path
+    files: Mapping[str, int]
+    """Relative path and size in bytes."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Before compression."""
+        return sum(self.files.values())
+
+    def largest(self, count: int) -> list[tuple[str, int]]:
+        """The largest files, largest first."""
+        return sorted(self.files.items(), key=lambda item: -item[1])[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job on a cluster."""
+
+    id: str
+    address: str
+    is_new: bool
+    """False when it was running already and nothing was sent."""
+
+    def follow(self) -> str:
+        """The command that shows its output until it ends."""
+        return f"ray job logs --address {self.address} --follow {self.id}"
+
+    def stop(self) -> str:
+        """The command that ends it; what is finished stays."""
+        return f"ray job stop --address {self.address} {self.id}"
+
+
+def plan_upload(folder: Path = PROJECT, *, limit_bytes: int = LIMIT_BYTES) -> Upload:
+    """What Ray would send of `folder`; raises PreflightError when it is more than a dashboard takes."""
+    from ray._private.runtime_env.packaging import _dir_travel  # the one true reading of the ignore files
+
+    files: dict[str, int] = {}
+
+    def take(path: Path) -> None:
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+
+    silent = logging.getLogger("krony.submit")
+    silent.setLevel(logging.CRITICAL)
+    _dir_travel(
+        folder,
+        [],
+        take,
+        include_gitignore=os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1",
+        logger=silent,
+    )
+    upload = Upload(folder, files)
+    if upload.size_bytes > limit_bytes:
+        most = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in upload.largest(3))
+        raise PreflightError(
+            f"{folder}: {upload.size_bytes / 2**20:.0f} MiB would be sent, a cluster takes "
+            f"{limit_bytes / 2**20:.0f}; "
+            f"the largest are {most}; move them away or name them in .rayignore, each with a leading /"
+        )
+    return upload
+
+
+def submission_id(verb: str, study: Study) -> str:
+    """`krony-<verb>-<8 hex digits>` of the store and of every field that decides a result."""
+    decides = {
+        "verb": verb,
+        "configs": [identity_fields(each) for each in study.configs],
+        "store": store_of(study),
+    }
+    canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"))
+    return f"krony-{verb}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+def store_of(study: Study) -> str:
+    """Where the job will put its results: absolute, because a job runs in a folder of its own."""
+    return Location.of(study.first.store).uri
+
+
+def read_study(config: Path, words: Sequence[str]) -> Study:
+    """What `config` and the fields among `words` ask for; options of the verb are checked where it runs."""
+    sections = {field.name for field in fields(RunConfig)}
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_").split(".")[0] in sections:
+            overrides += [word] if equals or not rest else [word, rest.pop(0)]
+    return load_study(config, overrides=overrides)
+
+
+def entrypoint(
+    verb: str, config: Path, words: Sequence[str], *, study: Study, upload: Upload, python: str
+) -> str:
+    """The command line of the job, quoted for a shell. `python` is looked up on the node, not here.
+
+    Raises PreflightError for a config file that would not be sent.
+    """
+    path = config.expanduser().resolve()
+    sent = path.relative_to(upload.folder).as_posix() if path.is_relative_to(upload.folder) else ""
+    if sent not in upload.files:
+        raise PreflightError(
+            f"{config}: would not be sent to the cluster; put it below {upload.folder}/configs"
+        )
+    return shlex.join([python, "-m", f"jobs.{verb}", sent, *words, "--store", store_of(study)])
+
+
+def submit(address: str, name: str, command: str, upload: Upload) -> Submission:
+    """Start `command` under `name`, or find that it runs already; after an ended one the next is `-r2`.
+
+    Raises PreflightError when the cluster cannot be reached, refuses our token, or runs another Ray.
+    """
+    client = _client(address)
+    taken = {str(job.submission_id): str(job.status) for job in client.list_jobs()}
+    attempt = 1
+    while (own := name if attempt == 1 else f"{name}-r{attempt}") in taken:
+        if taken[own] not in ENDED:
+            return Submission(own, address, is_new=False)
+        attempt += 1
+    origin = provenance()
+    environment = {
+        "KRONY_COMMIT": str(origin["commit"]),
+        "KRONY_DIRTY": str(origin["dirty"]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    try:
+        client.submit_job(
+            entrypoint=command,
+            submission_id=own,
+            runtime_env={"working_dir": str(upload.folder), "env_vars": environment},
+        )
+    except RuntimeError as err:
+        if "already exists" in str(err):  # somebody was faster by a moment
+            return Submission(own, address, is_new=False)
+        raise PreflightError(f"{address}: refused the job ({_reason(err)})") from err
+    return Submission(own, address, is_new=True)
+
+
+def dashboard_address(given: str) -> str:
+    """The URL of the cluster's dashboard, from the flag or RAY_ADDRESS."""
+    address = given or os.environ.get("RAY_ADDRESS", "")
+    if not address.startswith(("http://", "https://")):
+        raise PreflightError(
+            f"cluster address {address!r} is no URL of a dashboard; give --address http://127.0.0.1:8265 "
+            "or set RAY_ADDRESS to it (`ray attach -p 8265 cluster.yaml` brings a remote one there)"
+        )
+    return address
+
+
+def _client(address: str) -> "JobSubmissionClient":
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        theirs = client.get_version()
+    except AuthenticationError as err:
+        raise PreflightError(
+            f"{address}: refused, it asks for a token; put the token of the cluster into a file and set "
+            "RAY_AUTH_TOKEN_PATH, or copy it to ~/.ray/auth_token"
+        ) from err
+    except (ConnectionError, RuntimeError, OSError) as err:
+        raise PreflightError(
+            f"{address}: no dashboard of Ray answers ({_reason(err)}); start a head, or open the tunnel"
+        ) from err
+    if theirs != ray.__version__:
+        raise PreflightError(
+            f"{address}: runs Ray {theirs}, this is {ray.__version__}; install constraints.txt on the cluster"
+        )
+    return client
+
+
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _reason(err: Exception) -> str:
+    lines = str(err).strip().splitlines()
+    return lines[0][:300] if lines else type(err).__name__

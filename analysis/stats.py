@@ -34,56 +34,61 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def mean_interval(
-    nll: Floats, weights: Floats, *, rng: np.random.Generator, resamples: int = RESAMPLES, level: float = 0.95
-) -> Interval:
-    """Σ nll / Σ weights with a cluster bootstrap over units: nll (U,), weights (U,).
+def resampled_means(
+    values: Floats, weights: Floats, *, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> Floats:
+    """Σ values / Σ weights of each model, over the same resampled units: (M, U), (U,) -> (M, resamples).
 
-    `weights` are scored tokens, or ones for window means. For a perplexity take exp of all three numbers.
+    The difference of two rows is the paired bootstrap of their difference. `weights` are scored tokens, or ones for
+    a mean of window means.
     """
-    return hierarchical(nll[None], None, weights, rng=rng, resamples=resamples, level=level)
+    _same_units([values], weights)
+    draws = np.empty((len(values), resamples))
+    for begin in range(0, resamples, _CHUNK):
+        rows = min(_CHUNK, resamples - begin)
+        units = _counts(rng, len(weights), rows)  # (R, U) how often each unit was drawn
+        draws[:, begin : begin + rows] = (units @ values.T).T / (units @ weights)
+    return draws
 
 
-def paired_difference(
-    first: Floats, second: Floats, weights: Floats, *, rng: np.random.Generator, resamples: int = RESAMPLES
-) -> Interval:
-    """Σ (first − second) / Σ weights over the same units, with a cluster bootstrap: arrays (U,)."""
-    return hierarchical((first - second)[None], None, weights, rng=rng, resamples=resamples)
+def interval(estimate: float, draws: Floats, *, level: float = 0.95) -> Interval:
+    """Percentile interval of bootstrap `draws` (resamples,) and the p-value of zero."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return Interval(estimate, float(low), float(high), min(1.0, 2 * (tail + 1) / (len(draws) + 1)), level)
 
 
-def hierarchical(
+def seeded_difference(
     first: Floats,
-    second: Floats | None,
+    second: Floats,
     weights: Floats,
     *,
     rng: np.random.Generator,
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> Interval:
-    """Difference of two arms over seeds and units: resample the seeds of each arm, then the units both share.
+    """Difference of two arms of several seeds: resample the seeds of each arm, then the units that both share.
 
-    first (S, U), second (S', U) or None for zero, weights (U,). With one seed it is the bootstrap over units.
+    first (S, U), second (S', U), weights (U,).
     """
-    arms = [first] if second is None else [first, second]
-    if any(arm.ndim != 2 or arm.shape[1] != len(weights) for arm in arms) or len(weights) == 0:
-        shapes = ", ".join(str(arm.shape) for arm in arms)
-        raise ValueError(f"arms {shapes} and weights {weights.shape} do not describe the same units")
-    signs = (1.0, -1.0)
-    total = float(weights.sum())
-    estimate = sum(sign * float(arm.mean(0).sum()) for sign, arm in zip(signs, arms, strict=False)) / total
-    draws = np.empty(resamples)
+    arms = ((1.0, first), (-1.0, second))
+    _same_units([first, second], weights)
+    draws = np.zeros(resamples)
     for begin in range(0, resamples, _CHUNK):
         rows = min(_CHUNK, resamples - begin)
-        units = _counts(rng, len(weights), rows)  # (R, U) how often each unit was drawn
-        value = np.zeros(rows)
-        for sign, arm in zip(signs, arms, strict=False):
+        units = _counts(rng, len(weights), rows)
+        for sign, arm in arms:
             seeds = _counts(rng, len(arm), rows) / len(arm)  # (R, S)
-            value += sign * np.einsum("rs,rs->r", seeds, units @ arm.T)
-        draws[begin : begin + rows] = value / (units @ weights)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    below, above = int((draws <= 0).sum()), int((draws >= 0).sum())
-    p_value = min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
-    return Interval(estimate, float(low), float(high), p_value, level)
+            draws[begin : begin + rows] += sign * np.einsum("rs,rs->r", seeds, units @ arm.T)
+        draws[begin : begin + rows] /= units @ weights
+    estimate = sum(sign * float(arm.mean(0).sum()) for sign, arm in arms) / float(weights.sum())
+    return interval(estimate, draws, level=level)
+
+
+def _same_units(arms: Sequence[Floats], weights: Floats) -> None:
+    if len(weights) == 0 or any(arm.ndim != 2 or arm.shape[1] != len(weights) for arm in arms):
+        shapes = ", ".join(str(arm.shape) for arm in arms)
+        raise ValueError(f"values {shapes} and weights {weights.shape} do not describe the same units")
 
 
 def _counts(rng: np.random.Generator, size: int, rows: int) -> Floats:

@@ -1,6 +1,7 @@
 """Statistics against closed forms, published values and simulation."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,18 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.stats import (
-    hierarchical,
+    Interval,
     holm,
+    interval,
     mcnemar,
-    mean_interval,
     minimum_detectable,
-    paired_difference,
     pareto_front,
+    resampled_means,
+    seeded_difference,
 )
 
 
 def rng() -> np.random.Generator:
     return np.random.default_rng(11)
+
+
+def mean_interval(values, weights, *, rng, resamples=10_000) -> Interval:
+    draws = resampled_means(values[None], weights, rng=rng, resamples=resamples)[0]
+    return interval(float(values.sum() / weights.sum()), draws)
+
+
+def paired_difference(first, second, weights, *, rng, resamples=10_000) -> Interval:
+    draws = resampled_means(np.stack([first, second]), weights, rng=rng, resamples=resamples)
+    return interval(float((first - second).sum() / weights.sum()), draws[0] - draws[1])
 
 
 def test_bootstrap_interval_matches_the_normal_one():
@@ -70,7 +82,7 @@ def test_seeds_widen_an_interval_that_units_alone_would_make_too_narrow():
     unit = source.normal(0, 0.01, 200)
     first = unit + np.array([0.0, 0.3, -0.3])[:, None]
     second = unit + np.zeros((3, 1))
-    found = hierarchical(first, second, np.ones(200), rng=source)
+    found = seeded_difference(first, second, np.ones(200), rng=source)
     assert not found.excludes_zero
     assert found.high - found.low > 0.4
     assert found.estimate == pytest.approx(0.0, abs=1e-12)
@@ -90,7 +102,7 @@ def test_weights_are_the_denominator(count, seed):
 
 def test_units_that_differ_are_refused():
     with pytest.raises(ValueError, match="same units"):
-        hierarchical(np.zeros((1, 3)), np.zeros((1, 4)), np.ones(3), rng=rng())
+        seeded_difference(np.zeros((1, 3)), np.zeros((1, 4)), np.ones(3), rng=rng())
 
 
 def test_mcnemar_is_the_exact_binomial():
@@ -112,7 +124,7 @@ def test_holm_keeps_the_order_and_never_lowers(p_values):
     adjusted = holm(p_values)
     assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    assert all(adjusted[i] <= adjusted[j] for i, j in zip(order, order[1:], strict=False))
+    assert all(adjusted[i] <= adjusted[j] for i, j in pairwise(order))
 
 
 def test_minimum_detectable_difference_of_the_modded_nanogpt_runs():

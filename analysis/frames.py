@@ -1,0 +1,127 @@
+"""Records and histories as tidy tables, with their columns checked: all that tables, plots and pages read.
+
+`scores` has one row per measured cell: the number, what it means (protocol, text, tokens), and everything
+that its chain of records says about the model. Cells may be compared only within one `measure`: the same
+protocol, version and token sequence. `history` has one row per run and step, `modules` one per replaced
+weight matrix.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from analysis import names
+from analysis.compare import compared
+from analysis.gaps import gaps, unscored
+from analysis.lineage import Graph, Lineage
+from analysis.schema import SCORES, checked
+from analysis.traces import history, losses, modules
+from pipeline.store.artifacts import Store
+from pipeline.store.records import Record
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """The tables of one store, or of chosen scores in it."""
+
+    scores: pd.DataFrame
+    history: pd.DataFrame
+    modules: pd.DataFrame
+    problems: tuple[str, ...]
+    """What is missing or cannot be read, one line each."""
+
+
+def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
+    """Read a store; `scores` limits the tables to these addresses and what stands behind them."""
+    graph = Graph.read(store)
+    wanted = [r for r in graph.of_kind("scores") if not scores or r.address in scores]
+    problems = list(graph.problems) if not scores else []
+    problems += [f"{address}: no scores" for address in scores if address not in graph.records]
+    paths: list[tuple[Record, Lineage]] = []
+    for record in wanted:
+        lineage = graph.lineage(record)
+        if lineage is None:
+            problems.append(f"{record.address}: the model it scored has no record")
+        else:
+            paths.append((record, lineage))
+    table = compared(_scores(paths), partial(losses, store), problems)
+    curves = history(store, graph, table, problems)
+    errors = modules(store, graph, table, problems)
+    problems += gaps(table)
+    if not scores:
+        problems += unscored(graph, table)
+    return Frames(table, curves, errors, tuple(dict.fromkeys(problems)))
+
+
+def _scores(paths: Sequence[tuple[Record, Lineage]]) -> pd.DataFrame:
+    rows = [_row(record, lineage) for record, lineage in paths]
+    subjects = {row["subject"]: row for row in rows}
+    labels = names.distinct(
+        [row["label"] for row in subjects.values()], [row["config"] for row in subjects.values()]
+    )
+    for row in rows:
+        row["label"] = labels[list(subjects).index(row["subject"])]
+    dense = {(row["teacher"], row["measure"]): row for row in rows if row["is_dense"]}
+    for row in rows:
+        reference = dense.get((row["teacher"], row["measure"]))
+        if reference is None:
+            continue
+        best, value = reference["value"], row["value"]
+        row["recovery"] = value / best if row["metric"] == "accuracy" else best / value
+        if reference.get("parameters") and row.get("parameters"):
+            row["share"] = row["parameters"] / reference["parameters"]
+    return checked(rows, SCORES)
+
+
+def _row(record: Record, lineage: Lineage) -> dict[str, Any]:
+    """One measured cell with all that its records say."""
+    measured = record.metrics
+    protocol = str(measured.get("protocol", record.config.get("protocol", "?")))
+    version = int(record.config.get("version", 1))
+    run, init, teacher = lineage.run, lineage.init, lineage.teacher
+    is_dense = lineage.subject.kind == "teacher"
+    method = dict(init.config.get("method", {})) if init and not is_dense else {}
+    train = dict(run.config.get("train", {})) if run else {}
+    known = {key: measured[key] for key in SCORES if key in measured}
+    return {
+        **known,
+        "address": record.address,
+        "measure": f"{protocol} v{version} {str(measured.get('tokens_sha256', ''))[:12]}",
+        "protocol": protocol,
+        "version": version,
+        "label": _label(lineage, method, n_embd=measured.get("n_embd")),
+        "variant": str((run or lineage.subject).settings.get("name", "")),
+        "method": "dense teacher" if is_dense else str(method.get("name", "?")),
+        "is_dense": is_dense,
+        "seed": run.config.get("seed") if run else None,
+        "budget": (init.config.get("budget", {}).get("params") or None) if init and not is_dense else None,
+        "steps": run.metrics.get("steps", train.get("max_steps")) if run else 0,
+        "train_tokens": run.metrics.get("tokens") if run else 0,
+        "subject": lineage.subject.address,
+        "run": run.address if run else "",
+        "init": init.address if init and not is_dense else "",
+        "teacher": teacher.address if teacher else "",
+        "drifted": " ".join(lineage.drifted),
+        "missing": " ".join(lineage.missing),
+        "dirty": lineage.dirty,
+        "commit": str(record.provenance.get("commit", "")),
+        "command": " ".join(map(str, record.provenance.get("argv", ()))),
+        "finished": record.finished,
+        "config": {
+            "teacher": teacher.name if teacher else None,
+            "method": method,
+            "train": train,
+            "seed": run.config.get("seed") if run else None,
+        },
+    }
+
+
+def _label(lineage: Lineage, method: Mapping[str, Any], *, n_embd: int | None) -> str:
+    if lineage.subject.kind == "teacher":
+        return f"{lineage.subject.name}, dense"
+    if not method:
+        return lineage.subject.name
+    return names.method_label(method, n_embd=n_embd)

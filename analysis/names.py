@@ -1,0 +1,84 @@
+"""Names and numbers as a reader meets them: `kron_vl (64×128)⊗(2×4) r=1`, `81,972,576`, `65.9 %`.
+
+Pure functions of what records hold. A label is as short as it may be; where two rows would share one, what
+differs in their configs is added.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config.identity import differing
+
+MISSING = "–"
+
+
+def method_label(method: Mapping[str, Any], *, n_embd: int | None) -> str:
+    """Name, factor shapes on the up-projection and terms; the second factor needs the width of the model."""
+    name = str(method.get("name", "?"))
+    if name == "dense":
+        return "dense, trained on"
+    if "shape" not in method:
+        return name
+    m1, n1 = method["shape"]
+    second = ""
+    if n_embd and n_embd % m1 == 0 and 4 * n_embd % n1 == 0:
+        second = f"⊗({n_embd // m1}×{4 * n_embd // n1})"
+    terms = f" r={method['terms']}" if "terms" in method else ""
+    return f"{name} ({m1}×{n1}){second}{terms}"
+
+
+def distinct(labels: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels made different, as far as their configs are: leaves in which namesakes differ are added."""
+    result = list(labels)
+    for label in dict.fromkeys(labels):
+        group = [i for i, other in enumerate(labels) if other == label]
+        leaves = sorted({leaf for i in group for leaf in differing(configs[group[0]], configs[i])})
+        for i in group if len(group) > 1 else ():
+            words = [f"{leaf.rsplit('.', 1)[-1]}={_leaf(configs[i], leaf)}" for leaf in leaves]
+            result[i] = " ".join([label, *words])
+    return result
+
+
+def _leaf(config: Mapping[str, Any], path: str) -> str:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, list | tuple):
+        return "×".join(map(str, value))
+    return MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether a cell holds a number to show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def count(value: Any) -> str:
+    """An integer with separators."""
+    return f"{int(value):,}" if is_number(value) else MISSING
+
+
+def short_count(value: Any) -> str:
+    """A rounded count: `655k`, `1.3M`, `82.0M`."""
+    if not is_number(value):
+        return MISSING
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.0f}{unit}" if scaled >= 100 or unit == "k" else f"{scaled:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def share(value: Any) -> str:
+    """A ratio in per cent."""
+    return f"{100 * value:.1f} %" if is_number(value) else MISSING
+
+
+def quantity(value: Any, metric: str) -> str:
+    """A measurement: accuracy in per cent, perplexity with two decimals as long as they say something."""
+    if not is_number(value):
+        return MISSING
+    if metric == "accuracy":
+        return share(value)
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"

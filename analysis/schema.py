@@ -1,0 +1,92 @@
+"""The columns of every table, and the one function that holds a table to them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pipeline.errors import KronyError
+
+SCORES: Mapping[str, str] = {
+    "address": "str",
+    "measure": "str",
+    "protocol": "str",
+    "version": "int",
+    "metric": "str",
+    "value": "float",
+    "loss": "float",
+    "token_loss": "float",
+    "bits_per_byte": "float",
+    "perplexity": "float",
+    "weighting": "str",
+    "text": "str",
+    "text_sha256": "str",
+    "tokens_sha256": "str",
+    "tokens": "int",
+    "scored": "int",
+    "windows": "int",
+    "unit": "str",
+    "label": "str",
+    "variant": "str",
+    "method": "str",
+    "is_dense": "bool",
+    "seed": "int",
+    "parameters": "int",
+    "krony_parameters": "int",
+    "non_embedding_parameters": "int",
+    "share": "float",
+    "macs_per_token": "int",
+    "budget": "int",
+    "steps": "int",
+    "train_tokens": "int",
+    "recovery": "float",
+    "low": "float",
+    "high": "float",
+    "group": "int",
+    "worse_by": "float",
+    "worse_by_low": "float",
+    "worse_by_high": "float",
+    "p_adjusted": "float",
+    "is_best": "bool",
+    "subject": "str",
+    "run": "str",
+    "init": "str",
+    "teacher": "str",
+    "drifted": "str",
+    "missing": "str",
+    "dirty": "bool",
+    "commit": "str",
+    "command": "str",
+    "finished": "str",
+}
+HISTORY: Mapping[str, str] = {
+    "run": "str",
+    "label": "str",
+    "step": "int",
+    "tokens": "int",
+    "loss": "float",
+    "val_loss": "float",
+    "lr": "float",
+}
+MODULES: Mapping[str, str] = {
+    "init": "str",
+    "label": "str",
+    "layer": "int",
+    "matrix": "str",
+    "error": "float",
+}
+
+_TYPES: Mapping[str, Any] = {"str": "string", "int": "Int64", "float": "Float64", "bool": "boolean"}
+
+
+def checked(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> pd.DataFrame:
+    """A frame with exactly the columns and types of `schema`; raises KronyError naming what does not fit."""
+    frame = pd.DataFrame([{key: row.get(key) for key in schema} for row in rows], columns=list(schema))
+    for column, kind in schema.items():
+        try:
+            frame[column] = frame[column].astype(_TYPES[kind])
+        except (ValueError, TypeError) as err:
+            raise KronyError(
+                f"column {column!r} should be {kind}: {err}; the record that holds it is damaged"
+            ) from err
+    return frame

@@ -1,0 +1,76 @@
+"""What runs and inits left beside their records: loss curves, errors per matrix, losses per unit.
+
+A file that cannot be read becomes a problem for the reader of the report, not an end of it.
+"""
+
+import io
+import json
+import re
+from typing import Any
+
+import pandas as pd
+
+from analysis.lineage import Graph
+from analysis.schema import HISTORY, MODULES, checked
+from pipeline.errors import StoreError
+from pipeline.store.artifacts import Store
+from pipeline.store.location import Location
+from pipeline.store.records import Record
+from pipeline.tracking.jsonl import read_history
+
+REPORT = "report.json"
+"""Where an init keeps the report of its replaced matrices."""
+
+
+def losses(store: Store, address: str) -> pd.DataFrame:
+    """The per-unit losses of a scores artifact: columns index, tokens, nll and maybe correct."""
+    artifact = store.open(address)
+    return pd.read_parquet(io.BytesIO(artifact.location.read_bytes("losses.parquet")))
+
+
+def history(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
+    """The points of every run behind a score, and of teachers that were trained here."""
+    labels = _labels(table, "run") | _labels(table[table["is_dense"]], "subject")
+    rows: list[dict[str, Any]] = []
+    for address, label in labels.items():
+        try:
+            points = read_history(_payload(store, graph.records[address]))
+        except StoreError as err:
+            problems.append(f"{address}: {err}")
+            continue
+        rows += [{"run": address, "label": label, **point} for point in points]
+    return checked(rows, HISTORY)
+
+
+_SITE = re.compile(r"h\.(\d+)\.(.+)")
+
+
+def modules(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
+    """Relative error of every replaced matrix, by layer."""
+    rows: list[dict[str, Any]] = []
+    for address, label in _labels(table, "init").items():
+        record = graph.records[address]
+        if REPORT not in record.files:
+            continue
+        try:
+            report = json.loads(_payload(store, record).read_bytes(REPORT))
+        except (OSError, ValueError) as err:
+            problems.append(f"{address}/{REPORT}: cannot be read ({err})")
+            continue
+        for entry in report:
+            match = _SITE.fullmatch(str(entry.get("name", "")))
+            if match:
+                error = entry.get("relative_error")
+                place = {"layer": int(match[1]), "matrix": match[2]}
+                rows.append({"init": address, "label": label, "error": error, **place})
+    return checked(rows, MODULES)
+
+
+def _payload(store: Store, record: Record) -> Location:
+    return store.root.child(f"{record.address}/{record.attempt}")
+
+
+def _labels(table: pd.DataFrame, column: str) -> dict[str, str]:
+    """Label of each address in `column`; empty addresses are left out."""
+    pairs = table[[column, "label"]].drop_duplicates(column)
+    return {str(address): str(label) for address, label in pairs.itertuples(index=False) if address}

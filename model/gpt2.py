@@ -96,7 +96,7 @@ class GPT2(nn.Module):
         self.lm_head = None if spec.tied else Embedding(arch.vocab_size, arch.n_embd)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of ids (B, T); given targets (B, T), the fp32 sum of token losses (< 0: left out)."""
+        """Logits (B, T, V) of ids (B, T); with targets (B, T), the fp32 sum of token losses (< 0: none)."""
         if idx.shape[-1] > self.spec.arch.n_ctx:
             raise ModelError(f"{idx.shape[-1]:,} tokens do not fit the context of {self.spec.arch.n_ctx:,}")
         x = self.wte(idx) + self.wpe.weight[: idx.shape[-1]]  # (B, T, C)

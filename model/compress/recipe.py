@@ -16,7 +16,7 @@ class KronVL:
     name: Literal["kron_vl"] = "kron_vl"
 
     shape: tuple[int, int] = (768, 768)
-    """First factor (m1, n1) on the up-projection, (in, out); the down-projection takes the transposed shape."""
+    """First factor (m1, n1) on the up-projection, (in, out); the down-projection takes its transpose."""
 
     terms: int = 1
     """Kronecker products that are summed; 0 takes as many as the budget allows."""

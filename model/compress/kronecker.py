@@ -1,0 +1,153 @@
+"""Kronecker methods: how the factors of the two MLP matrices are chosen. The structure is `kron_plan`'s.
+
+`kron_vl` is the nearest sum in the Frobenius norm (Van Loan & Pitsianis 1993), the method of Krony-PT.
+`kron_prune` is Krony-PT's pruning start: a strided choice of rows and columns stands for all of them.
+"""
+
+import torch
+from torch import Tensor
+
+from model.algebra.gauge import best_scales, kron_norm
+from model.algebra.kron import nearest_kron
+from model.algebra.shapes import KronShape
+from model.algebra.strided import pair_offsets, strided_energy, strided_kron
+from model.compress.assemble import report_module, transplant
+from model.compress.budget import Budget
+from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, StatsSpec
+from model.compress.kron_plan import DOWN, UP, KronChoice, chosen_blocks, plan_kron_mlp
+from model.compress.recipe import KronPrune, KronVL
+from model.config import ModelError, ModelSpec
+from model.gpt2 import GPT2
+from model.layers.kronecker import KroneckerLinear
+
+
+def kron_layer(model: GPT2, name: str) -> KroneckerLinear:
+    """The Kronecker layer at a weight matrix of a planned model."""
+    layer = model.site(name)
+    if not isinstance(layer, KroneckerLinear):
+        raise ModelError(
+            f"{name} is {layer.matrix.describe()}, not a Kronecker sum; the plan is another method's"
+        )
+    return layer
+
+
+@torch.no_grad()
+def set_factors(layer: KroneckerLinear, left: Tensor, right: Tensor, scales: Tensor | None = None) -> None:
+    """Copy float64 factors (r, m1, n1), (r, m2, n2) and scales (r,) into a layer, in its own precision."""
+    layer.left.copy_(left)
+    layer.right.copy_(right)
+    if layer.scales is not None and scales is not None:
+        layer.scales.copy_(scales)
+
+
+class KronVLMethod:
+    """Van Loan and Pitsianis, see `model.compress.recipe.KronVL`."""
+
+    name = "kron_vl"
+    version = 1
+
+    def __init__(self, config: KronVL) -> None:
+        self.config = config
+
+    def stats(self, arch: ModelSpec) -> StatsSpec:
+        """Weights alone."""
+        return StatsSpec()
+
+    def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
+        """Both MLP matrices of the chosen blocks as Kronecker sums."""
+        config = self.config
+        choice = KronChoice(
+            shape=config.shape, terms=config.terms, scales=config.scales, layers=config.layers
+        )
+        return plan_kron_mlp(self.name, arch, choice, budget)
+
+    def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
+        """Exact and deterministic: the seed changes nothing."""
+        fresh = transplant(model, plan)
+        reports = tuple(self._fit(model, fresh, name) for name in plan.changed())
+        return CompressedModel(model=fresh, plan=plan, report=reports)
+
+    def _fit(self, model: GPT2, fresh: GPT2, name: str) -> ModuleReport:
+        """Fill one layer. With scales, the norm is matched by them and the factors stay the projection's."""
+        layer, weight = kron_layer(fresh, name), model.site(name).weight_matrix().detach()
+        terms, has_scales = layer.left.shape[0], layer.scales is not None
+        fit = nearest_kron(
+            weight,
+            layer.shape,
+            terms=terms,
+            gauge=self.config.gauge,
+            norm="none" if has_scales else self.config.norm,
+        )
+        predicted, scales = fit.error, None
+        if has_scales:
+            scales = best_scales(weight, fit.left, fit.right)
+            if self.config.norm == "frobenius":
+                norm = kron_norm(fit.left, fit.right)
+                alpha = fit.energy**0.5 / norm if norm > 0 else 1.0
+                scales = torch.full((terms,), alpha, dtype=torch.float64)
+                predicted = (
+                    fit.tail + (1 - alpha) ** 2 * norm**2
+                )  # the fit is a projection: K is orthogonal to W - K
+        set_factors(layer, fit.left, fit.right, scales)
+        return report_module(fresh, name, weight, predicted_error=predicted, tail=fit.tail)
+
+
+class KronPruneMethod:
+    """Krony-PT's pruning start, see `model.compress.recipe.KronPrune`."""
+
+    name = "kron_prune"
+    version = 1
+
+    def __init__(self, config: KronPrune) -> None:
+        self.config = config
+
+    def stats(self, arch: ModelSpec) -> StatsSpec:
+        """Weights alone."""
+        return StatsSpec()
+
+    def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
+        """One term at both MLP matrices of the chosen blocks; B is exempt from weight decay."""
+        choice = KronChoice(shape=self.config.shape, terms=1, layers=self.config.layers, decay_right=False)
+        return plan_kron_mlp(self.name, arch, choice, budget)
+
+    def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
+        """Exact and deterministic: the seed changes nothing."""
+        fresh = transplant(model, plan)
+        reports: list[ModuleReport] = []
+        for i in chosen_blocks(model.spec, self.config.layers):
+            names = (f"h.{i}.{UP}", f"h.{i}.{DOWN}")
+            weights = tuple(model.site(name).weight_matrix().detach() for name in names)
+            layers = tuple(kron_layer(fresh, name) for name in names)
+            offsets = self._offsets(weights, layers[0].shape)
+            for name, weight, layer, offset in zip(names, weights, layers, offsets, strict=True):
+                left, right = strided_kron(weight, layer.shape, offset=offset, eps=self.config.eps_init)
+                set_factors(layer, left, right)
+                predicted = strided_error(weight, layer.shape, offset=offset, eps=self.config.eps_init)
+                row, col = offset
+                reports.append(
+                    report_module(
+                        fresh, name, weight, predicted_error=predicted, offset_row=row, offset_col=col
+                    )
+                )
+        return CompressedModel(model=fresh, plan=plan, report=tuple(reports))
+
+    def _offsets(
+        self, weights: tuple[Tensor, ...], shape: KronShape
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(row, column) to keep in `c_fc` and in `c_proj`; the hidden offset is one number for the pair.
+
+        Otherwise the kept hidden units of one would meet the dropped ones of the other.
+        """
+        if self.config.offset == "first":
+            return (0, 0), (0, 0)
+        return pair_offsets(strided_energy(weights[0], shape), strided_energy(weights[1], shape.transposed()))
+
+
+def strided_error(weight: Tensor, shape: KronShape, *, offset: tuple[int, int], eps: float) -> float:
+    """||W - A (x) B||^2 of `strided_kron`, from the blocks alone: the energy dropped, if eps is 0."""
+    blocks = weight.double().reshape(shape.m1, shape.m2, shape.n1, shape.n2)
+    kept = blocks[:, offset[0], :, offset[1]]  # (m1, n1)
+    others = torch.ones(shape.m2, shape.n2, dtype=torch.bool)
+    others[offset] = False
+    rest = blocks.permute(1, 3, 0, 2)[others]  # (m2*n2 - 1, m1, n1)
+    return float((rest - eps * kept).square().sum())

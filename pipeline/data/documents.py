@@ -7,11 +7,16 @@ however its accents were composed. The text itself is kept as it came. Standard 
 import hashlib
 import unicodedata
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.errors import DataError
 
 KEY_BYTES = 16
 """Bytes of an id that deduplication compares: 2^64 documents before a chance collision is likely."""
+
+
+Side = Literal["", "train", "val"]
+"""Which side of the split a part of a corpus is bound to; empty leaves it to the split."""
 
 
 class CorpusError(DataError):
@@ -31,6 +36,23 @@ class Document:
         """A document of `text`, made valid Unicode first."""
         text = valid_unicode(text)
         return Document(document_id(text), text, source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """A part of a corpus that one task reads: a distribution, a file."""
+
+    name: str
+    """Unique in its corpus; partitions are in the order of the corpus."""
+
+    stamp: str = ""
+    """What its reader must find again, such as a version; another node may have another one."""
+
+    text_bytes: int = 0
+    """Estimate of the text in it, for plans."""
+
+    side: Side = ""
+    """Side of the split that all of its documents are on."""
 
 
 def document_id(text: str) -> str:

@@ -5,9 +5,10 @@ lies a sidecar that says what is in it. A reader checks magic, version and size 
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -69,30 +70,47 @@ class Sidecar:
             raise ShardError(f"{where}: not a sidecar ({err}); run `krony prepare … --force`") from err
 
 
-def write_shard(path: Path, documents: Iterable[npt.NDArray[np.integer]]) -> int:
-    """Write the tokens of `documents`, one after the other, and return their number.
+class ShardWriter:
+    """Writes a shard document by document; nothing is gathered in memory.
 
-    Nothing is gathered in memory. Raises ShardError for a token that is no uint16, before it is written.
-    `path` is a scratch file: the caller publishes it.
+    `path` is a scratch file: it is a shard after the `with` block, and the caller publishes it.
     """
-    count = 0
-    with path.open("wb") as file:
-        file.write(_header(0))
-        for tokens in documents:
-            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= 0xFFFF:
-                raise ShardError(
-                    f"{path.name}: token {int(tokens.max()):,} does not fit into 16 bits; "
-                    "expected a vocabulary of at most 65,536"
-                )
-            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
-            count += len(tokens)
-        if count > MAX_TOKENS:
+
+    def __init__(self, path: Path) -> None:
+        """Open the scratch file."""
+        self.tokens = 0
+        self.documents = 0
+        self._path = path
+        self._file = path.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def add(self, tokens: npt.NDArray[np.integer]) -> None:
+        """Append one document; raises ShardError for a token that is no uint16, before it is written."""
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= 0xFFFF:
             raise ShardError(
-                f"{path.name}: {count:,} tokens in one shard, the format counts to {MAX_TOKENS:,}"
+                f"{self._path.name}: token {int(tokens.max()):,} does not fit into 16 bits; "
+                "expected a vocabulary of at most 65,536"
             )
-        file.seek(0)
-        file.write(_header(count))
-    return count
+        self._file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+        self.tokens += len(tokens)
+        self.documents += 1
+
+    def __enter__(self) -> Self:
+        """Ready to be added to."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Complete the header; after an error the file stays without one and is no shard."""
+        with self._file:
+            if kind is None:
+                if self.tokens > MAX_TOKENS:
+                    raise ShardError(
+                        f"{self._path.name}: {self.tokens:,} tokens, a shard holds {MAX_TOKENS:,}"
+                    )
+                self._file.seek(0)
+                self._file.write(_header(self.tokens))
 
 
 def open_shard(path: Path) -> Tokens:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+from pipeline.config.schema import BpeTokenizer, DataConfig, RunConfig
 from pipeline.errors import DataError
+from pipeline.store.artifacts import Artifact, Identity, Store
 
 EOT = "<|endoftext|>"
 FILE = "tokenizer.json"
@@ -125,6 +127,42 @@ def fetch_gpt2() -> tiktoken.Encoding:
             f"tiktoken cannot fetch GPT-2's BPE ({type(err).__name__}); set tokenizer.path to a folder with "
             "vocab.bpe and encoder.json, or TIKTOKEN_CACHE_DIR to a filled cache"
         ) from err
+
+
+def build_tokenizer(
+    config: RunConfig, identity: Identity, corpus: Artifact, store: Store, *, force: bool = False
+) -> Artifact:
+    """Store the tokenizer of a config: trained on the training split of `corpus`, or GPT-2's own."""
+    if isinstance(config.tokenizer, BpeTokenizer):
+        encoding = train_bpe(
+            training_texts(corpus, config.data, limit_bytes=int(config.tokenizer.train_megabytes * 1e6)),
+            vocab_size=config.tokenizer.vocab_size,
+            name=identity.name,
+        )
+    elif config.tokenizer.path:
+        encoding = read_gpt2(Path(config.tokenizer.path).expanduser())
+    else:
+        encoding = fetch_gpt2()
+    with store.attempt(identity, force=force) as attempt:
+        attempt.location.put_bytes(FILE, tokenizer_json(encoding))
+        return attempt.publish(metrics={"vocab_size": encoding.n_vocab, "eot": encoding.eot_token})
+
+
+def training_texts(corpus: Artifact, config: DataConfig, *, limit_bytes: int) -> Iterator[str]:
+    """Texts of the training split, in order, until `limit_bytes` of them are given."""
+    from pipeline.data.rows import Corpus, Range, Split, sided_texts
+
+    stored = Corpus.of(corpus)
+    files = stored.manifest.files
+    split = Split.of(config.split, fraction=config.validation_fraction, documents=stored.manifest.documents)
+    ranges = [Range(number, 0, file.documents) for number, file in enumerate(files)]
+    size = 0
+    for side, text in sided_texts(stored, ranges, first=0, split=split, repeats=np.zeros(0, dtype=np.int64)):
+        if side == "train":
+            yield text
+            size += len(text.encode())
+            if size >= limit_bytes:
+                return
 
 
 # --- write and read -----------------------------------------------------------------------------------------

@@ -1,0 +1,212 @@
+"""`files`: text files of yours. A line of .jsonl, a row of .parquet and a .txt file is a document.
+
+Each may be compressed with .xz, .gz or .zst. Text is taken verbatim. A .txt file longer than a few pages is
+cut at blank lines, so that no file must fit into memory and a corpus of one file has a validation part. The
+identity is the names and digests of the files, not where they lie. Standard library at import.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pipeline.config.schema import FilesCorpus
+from pipeline.data.documents import CorpusError, Document, Partition
+
+READER = 1
+"""Raised whenever the same files give other documents."""
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+COMPRESSIONS = (".xz", ".gz", ".zst")
+TXT_CHARACTERS = 32_768
+"""A .txt file longer than this is cut at the first blank line after as many characters."""
+
+_TXT_LONGEST = 1_048_576
+_RATIO = {".xz": 3.6, ".gz": 2.6, ".zst": 2.8}
+
+
+class LocalFiles:
+    """The source: one partition per file, sorted by name, validation files among them."""
+
+    def __init__(self, config: FilesCorpus) -> None:
+        """Nothing is read before it is asked for."""
+        self._config = config
+
+    def identity(self) -> Mapping[str, Any]:
+        """Names, sizes and digests of the files, and how their text is found."""
+        return {
+            "name": "files",
+            "reader": READER,
+            "text_field": self._config.text_field,
+            "max_megabytes": self._config.max_megabytes,
+            "files": [
+                {"name": each.name, "side": each.side, "sha256": digest(Path(each.stamp))}
+                for each in self.partitions()
+            ],
+        }
+
+    def partitions(self) -> list[Partition]:
+        """One per file; `stamp` is its path. Raises CorpusError if a pattern matches nothing."""
+        validation = find_files(self._config.validation_paths, what="corpus.validation_paths")
+        training = find_files(self._config.paths, what="corpus.paths") - validation
+        if not training:
+            raise CorpusError("corpus.paths names only validation files; add files to train on")
+        root = os.path.commonpath([path.parent for path in training | validation])
+        return [
+            Partition(
+                name=path.relative_to(root).as_posix(),
+                stamp=str(path),
+                text_bytes=int(path.stat().st_size * _RATIO.get(path.suffix, 1.0)),
+                side="" if not validation else "val" if path in validation else "train",
+            )
+            for path in sorted(training | validation)
+        ]
+
+    def read(self, partition: Partition) -> Iterator[Document]:
+        """Its documents in order, empty ones left out. Raises CorpusError naming file, line and remedy."""
+        path = Path(partition.stamp)
+        form = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+        with _reading(path):
+            if form == ".parquet":
+                found = self._parquet(path)
+            else:
+                found = _cut(path) if form == ".txt" else self._jsonl(path)
+            for number, text in found:
+                if text.strip():
+                    yield Document.of(text, f"{partition.name}:{number}")
+
+    def _jsonl(self, path: Path) -> Iterator[tuple[int, str]]:
+        field = self._config.text_field
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as err:
+                    raise CorpusError(f"{path}:{number}: not JSON ({err.msg}); fix the line") from err
+                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                    has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+                    raise CorpusError(
+                        f"{path}:{number}: no text in field {field!r}; it has {has}: set corpus.text_field"
+                    )
+                yield number, row[field]
+
+    def _parquet(self, path: Path) -> Iterator[tuple[int, str]]:
+        from pipeline.data.tables import read_rows, row_groups
+
+        field = self._config.text_field
+        with tempfile.TemporaryDirectory() as folder:
+            plain = path
+            if path.suffix in COMPRESSIONS:
+                plain = Path(folder) / "plain.parquet"
+                with open_bytes(path) as source, plain.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            rows = sum(count for count, _ in row_groups(plain, text_column=field))
+            for number, (text,) in enumerate(read_rows(plain, [field], stop=rows)):
+                if text is not None and not isinstance(text, str):
+                    raise CorpusError(
+                        f"{path}:{number}: column {field!r} is {type(text).__name__}, expected text"
+                    )
+                yield number, text or ""
+
+
+# --- which files ------------------------------------------------------------------------------------------
+
+
+def find_files(patterns: tuple[str, ...], *, what: str) -> set[Path]:
+    """All files that the patterns name: files, folders, globs. Raises CorpusError if one finds nothing."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        place = Path(pattern).expanduser()
+        if place.is_dir():
+            new = {path for path in place.rglob("*") if path.is_file() and _is_supported(path)}
+        else:
+            start = Path(place.anchor)
+            new = {path for path in start.glob(str(place.relative_to(start))) if path.is_file()}
+        if not new:
+            raise CorpusError(
+                f"{what}: {pattern!r} matches no file; expected {', '.join(FORMATS)}, "
+                f"each also {', '.join(COMPRESSIONS)}"
+            )
+        for path in new:
+            if not _is_supported(path):
+                raise CorpusError(
+                    f"{path}: not a format that is read here; expected {', '.join(FORMATS)}, "
+                    f"each also {', '.join(COMPRESSIONS)}"
+                )
+        found |= {path.resolve() for path in new}
+    return found
+
+
+def _is_supported(path: Path) -> bool:
+    return path.name.endswith(tuple(form + ending for form in FORMATS for ending in ("", *COMPRESSIONS)))
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file; computed once per process for each size and time of change."""
+    status = path.stat()
+    return _digest(str(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: str, _size: int, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- what a file says -------------------------------------------------------------------------------------
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file as plain bytes, whatever its compression."""
+    if path.suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path))
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix == ".zst":
+        import pyarrow as pa  # zstandard's own reader takes a truncated file for a whole one
+
+        return cast(BinaryIO, pa.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def open_text(path: Path) -> io.TextIOWrapper:
+    """A file as UTF-8 text; lines end with a line feed and nothing is translated."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="\n")
+
+
+def _cut(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of the documents of a .txt file; joined they are the file."""
+    number, length, lines = 0, 0, list[str]()
+    with open_text(path) as file:
+        while line := file.readline(_TXT_LONGEST):
+            lines.append(line)
+            length += len(line)
+            if (length >= TXT_CHARACTERS and not line.strip()) or length >= _TXT_LONGEST:
+                yield number, "".join(lines)
+                number, length, lines = number + 1, 0, []
+    yield number, "".join(lines)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as err:
+        raise CorpusError(f"{path}: not UTF-8 ({err.reason} near byte {err.start:,}); convert it") from err
+    except (EOFError, lzma.LZMAError, zlib.error) as err:
+        raise CorpusError(f"{path}: broken compression ({err}); get the file again") from err
+    except OSError as err:
+        reason = err.strerror or str(err)
+        raise CorpusError(f"{path}: cannot be read ({reason}); every node must see the file") from err

@@ -39,8 +39,8 @@ def resampled_means(
 ) -> Floats:
     """Σ values / Σ weights of each model, over the same resampled units: (M, U), (U,) -> (M, resamples).
 
-    The difference of two rows is the paired bootstrap of their difference. `weights` are scored tokens, or ones for
-    a mean of window means.
+    The difference of two rows is the paired bootstrap of their difference. `weights` are scored tokens, or
+    ones for a mean of window means.
     """
     _same_units([values], weights)
     draws = np.empty((len(values), resamples))
@@ -67,7 +67,7 @@ def seeded_difference(
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> Interval:
-    """Difference of two arms of several seeds: resample the seeds of each arm, then the units that both share.
+    """Difference of two arms of several seeds: resample the seeds of each arm, then the units both share.
 
     first (S, U), second (S', U), weights (U,).
     """

@@ -1,29 +1,40 @@
 """Tiny training runs for the tests: two layers of width 32, 300 tokens, a text that can be learned.
 
-Also a script, one rank of `torchrun`:
+Also a script, one rank of `torchrun`, that makes one run after the other:
 
-    python -m torch.distributed.run … tests/train_lab.py LAB RUN '{"max_steps": 8}'
+    python -m torch.distributed.run … tests/train_lab.py LAB RUN '{"max_steps": 8}' [RUN …]
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model.config import GPT2Config, ModelSpec
+from model.config import GPT2Config, Kron, ModelSpec
 from model.export import load_native, save_native
 from model.gpt2 import GPT2
 from pipeline.config.schema import TrainConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.store.location import Location
-from pipeline.train.request import FitRequest, FitResult, Row
+from pipeline.train.request import FitRequest, FitResult
 
 VOCAB = 300
-SPEC = ModelSpec.dense(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=16, vocab_size=VOCAB))
+ARCH = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=16, vocab_size=VOCAB)
+UP = Kron(m1=16, n1=64, m2=2, n2=2, terms=2, scales=True)
+SPECS = {
+    "dense": ModelSpec.dense(ARCH),
+    "kronecker": ModelSpec.dense(ARCH).with_matrices(
+        {
+            f"h.{i}.mlp.{name}": matrix
+            for i in range(2)
+            for name, matrix in (("c_fc", UP), ("c_proj", UP.transposed()))
+        }
+    ),
+}
 TRAIN = {
     "max_steps": 20, "batch_tokens": 96, "seq_len": 16, "micro_batch": 2, "lr": 3e-3, "warmup_steps": 4,
     "val_every": 10, "val_tokens": 120, "checkpoint_every": 10, "log_every": 5, "device": "cpu",
@@ -45,11 +56,11 @@ class Lab:
     folder: Path
 
     @staticmethod
-    def build(folder: Path, *, spec: ModelSpec = SPEC) -> "Lab":
+    def build(folder: Path, *, model: str = "dense") -> "Lab":
         """Write everything that a run starts from."""
         (folder / "init").mkdir(parents=True)
         (folder / "tokens").mkdir()
-        save_native(GPT2(spec).init_weights(seed=1), folder / "init")
+        save_native(GPT2(SPECS[model]).init_weights(seed=1), folder / "init")
         for name, seed, count in (("train-00000", 1, 900), ("train-00001", 2, 700), ("val-00000", 3, 150)):
             with ShardWriter(folder / "tokens" / f"{name}.bin") as shard:
                 shard.add(text(seed, count))
@@ -85,10 +96,11 @@ class Lab:
         """The published weights of a run."""
         return {name: p.detach() for name, p in load_native(run).named_parameters()}
 
-    def launch(self, python: Callable[..., object], run: Path, *, ranks: int, **train: object) -> object:
-        """The same run under `torchrun` with so many ranks; `python` is the fixture of that name."""
+    def launch(self, python: Callable[..., object], runs: Mapping[Path, object], *, ranks: int) -> object:
+        """Runs one after the other under one `torchrun`: folder and settings of each."""
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-        return python(*launcher, str(Path(__file__)), str(self.folder), str(run), json.dumps(train))
+        each = (text for run, train in runs.items() for text in (str(run), json.dumps(train)))
+        return python(*launcher, str(Path(__file__)), str(self.folder), *each)
 
 
 def text(seed: int, count: int) -> np.ndarray:
@@ -100,25 +112,13 @@ def text(seed: int, count: int) -> np.ndarray:
     return tokens
 
 
-def differences(rows: Sequence[Row], others: Sequence[Row], *, names: Iterable[str]) -> dict[str, float]:
-    """Largest relative difference of each named number over two histories of the same steps."""
-    assert [row["step"] for row in rows] == [row["step"] for row in others]
-    found = dict.fromkeys(names, 0.0)
-    for row, other in zip(rows, others, strict=True):
-        assert row.keys() == other.keys()
-        for name in found:
-            if name in row:
-                found[name] = max(found[name], abs(row[name] - other[name]) / abs(other[name]))
-    return found
-
-
 def main(argv: Sequence[str]) -> None:
-    """One rank; rank 0 leaves its rows beside the run."""
-    folder, run, train = argv
-    lab = Lab(Path(folder))
-    outcome = lab.fit(lab.request(Path(run), **json.loads(train)))
-    if outcome.rows:
-        (Path(run) / "rows.json").write_text(json.dumps(outcome.rows))
+    """One rank; rank 0 leaves its rows beside each run."""
+    lab = Lab(Path(argv[0]))
+    for run, train in zip(argv[1::2], argv[2::2], strict=True):
+        outcome = lab.fit(lab.request(Path(run), **json.loads(train)))
+        if outcome.rows:
+            (Path(run) / "rows.json").write_text(json.dumps(outcome.rows))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ that somebody else has made (Ray Train). The loop sees only the result. Every co
 a peer that is gone is a `PeerLost`, never a hang.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import PreflightError, TrainError
 
 TIMEOUT_S = 600.0
 """Longest wait for another rank, in seconds; rank 0 may be writing a large checkpoint meanwhile."""
+
+_groups = itertools.count()
+"""A process may train a teacher, then a student: each group has keys of its own in torchrun's store."""
 
 
 class PeerLost(TrainError):
@@ -108,8 +113,15 @@ def from_environment(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[T
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
-        backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s), device_id=_bound(chosen)
+        backend,
+        store=dist.PrefixStore(f"run-{next(_groups)}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=chosen if chosen.type == "cuda" else None,
     )
     try:
         yield Topology(rank=rank, world=world, device=chosen)
@@ -127,10 +139,6 @@ def joined(device: torch.device) -> Topology:
 def launched_rank() -> int:
     """The rank that `torchrun` gave this process; 0 where it was started alone."""
     return _integer("RANK", 0)
-
-
-def _bound(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None
 
 
 def _integer(name: str, default: int) -> int:

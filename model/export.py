@@ -28,7 +28,8 @@ def save_native(model: GPT2, folder: Path) -> None:
     """Write spec and weights; the bytes depend on nothing else. The folder is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt", FORMAT: str(VERSION)})
+    # One key alone: safetensors writes several in random order, and equal models would differ in bytes.
+    save_file(state, folder / WEIGHTS, metadata={FORMAT: str(VERSION)})
     _write_json(folder / CONFIG, {"format": FORMAT, "version": VERSION, "model": model.spec.to_json()})
 
 

@@ -114,3 +114,23 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Any:
     sys.modules["train_lab"] = module
     spec.loader.exec_module(module)
     return module.Lab.build(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[..., Any]:
+    """A random model of a spec in which nothing is trivial: no zero bias, no LayerNorm that does nothing."""
+    import torch
+
+    from model.gpt2 import GPT2
+
+    def build(spec: Any, *, seed: int = 0, dtype: Any = torch.float32) -> GPT2:
+        model, generator = GPT2(spec).init_weights(seed=seed).to(dtype), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            for name, buffer in model.named_buffers():
+                if "gather" in name:
+                    buffer.copy_(torch.randperm(len(buffer), generator=generator))
+        return model.eval()
+
+    return build

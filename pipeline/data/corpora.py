@@ -92,6 +92,8 @@ def build_corpus(
     """
     from pipeline.data.tables import FILE, Manifest
 
+    if not force and (artifact := store.find(identity)):
+        return artifact
     with store.attempt(identity, force=force) as attempt:
         if isinstance(config, OpenWebTextCorpus):
             manifest = OpenWebText(config).tables()

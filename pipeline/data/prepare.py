@@ -65,6 +65,8 @@ def prepare_tokens(
 
     Raises CorpusError if a side of the split stays without documents.
     """
+    if not force and (found := store.find(identity)):
+        return found
     with store.attempt(identity, resume=True, force=force) as attempt:
         where, data = attempt.location, Corpus.of(corpus)
         plan = stored_plan(where, corpus=corpus.record.digest, tokenizer=tokenizer.record.digest)

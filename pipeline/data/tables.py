@@ -19,7 +19,7 @@ from pipeline.store.location import Location, sha256_file
 
 FILE = "corpus.json"
 FORMAT = 1
-GROUP_BYTES = 1 << 20
+GROUP_BYTES = 1 << 18
 GROUP_DOCUMENTS = 1000
 FILE_BYTES = 256 << 20
 """Text per parquet file; what a task copies to its node when the store is remote."""

@@ -133,6 +133,8 @@ def build_tokenizer(
     config: RunConfig, identity: Identity, corpus: Artifact, store: Store, *, force: bool = False
 ) -> Artifact:
     """Store the tokenizer of a config: trained on the training split of `corpus`, or GPT-2's own."""
+    if not force and (found := store.find(identity)):
+        return found
     if isinstance(config.tokenizer, BpeTokenizer):
         encoding = train_bpe(
             training_texts(corpus, config.data, limit_bytes=int(config.tokenizer.train_megabytes * 1e6)),

@@ -66,7 +66,7 @@ class OpenWebTextCorpus:
     repo: str = "Skylion007/openwebtext"
     """Hub dataset id, or a local folder that holds its parquet files."""
 
-    revision: str = "f3808c30e817981b845ec549c43e82bb467d8144"
+    revision: str = "79d93d786212f7344586290adb811d4ae6a1762c"
     """Pinned commit of the dataset repository; ignored for a local folder."""
 
     max_files: int = 0

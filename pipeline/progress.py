@@ -45,6 +45,7 @@ class Progress:
         self._quiet, self._every_s = quiet, every_s
         self._begin = time.monotonic()
         self._start: int | None = None
+        self._begin_work = self._begin
         self._said = self._begin
         self._done = 0
         self._text = ""
@@ -62,8 +63,8 @@ class Progress:
 
     def update(self, done: int, **values: str | float) -> None:
         """`done` units are finished; `values` are shown as `name value`."""
-        if self._start is None:
-            self._start = done if done < self._total else 0  # resumed work is not work of this run
+        if self._start is None:  # starting up, and what an earlier run did, say nothing about the speed
+            self._start, self._begin_work = done, time.monotonic()
         self._done = done
         self._text = "".join(f" · {name.replace('_', ' ')} {_show(value)}" for name, value in values.items())
         now = time.monotonic()
@@ -79,7 +80,7 @@ class Progress:
         worked = self._done - (self._start or 0)
         if not self._total or worked <= 0:
             return f"{duration(now - self._begin)} so far"
-        return f"{duration((now - self._begin) / worked * (self._total - self._done))} left"
+        return f"{duration((now - self._begin_work) / worked * (self._total - self._done))} left"
 
     def _line(self, ending: str, values: dict[str, str | float | int]) -> None:
         if self._quiet:

@@ -5,6 +5,7 @@ answered at the same step on all ranks. Teacher and students are trained by the 
 where they start.
 """
 
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def train_teacher(work: Work, tokens: Artifact, tokenizer: Artifact, *, force: b
 def _random_teacher(teacher: ScratchTeacher, vocab_size: int, place: Location) -> None:
     from model.config import GPT2Config, ModelSpec
     from model.export import save_native
-    from model.gpt2 import random_gpt2
+    from model.gpt2 import GPT2
 
     arch = GPT2Config(
         n_layer=teacher.n_layer,
@@ -80,7 +81,7 @@ def _random_teacher(teacher: ScratchTeacher, vocab_size: int, place: Location) -
         vocab_size=vocab_size,
     )
     with tempfile.TemporaryDirectory(prefix="krony-") as folder:
-        save_native(random_gpt2(ModelSpec.dense(arch), seed=teacher.seed), Path(folder))
+        save_native(GPT2(ModelSpec.dense(arch)).init_weights(seed=teacher.seed), Path(folder))
         place.put_file("model.safetensors", Path(folder) / "model.safetensors")
         place.put_file(
             "config.json", Path(folder) / "config.json"
@@ -115,12 +116,24 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
             f"{attempt.identity.address}: stopped at step {result.step:,}/{training.settings.max_steps:,}, "
             "state saved; the same command goes on from there"
         )
-    metrics = {**result.metrics, "steps": result.step, "tokens": result.tokens}
+    metrics = {**sizes(attempt.location), **result.metrics, "steps": result.step, "tokens": result.tokens}
     settings = {"session_s": round(time.monotonic() - began, 1), "workers": work.config.ray.workers}
     artifact = attempt.publish(metrics=metrics, settings=settings | {"name": training.name})
     tracker.link(artifact.record.kind, artifact.location.uri, digest=artifact.record.digest)
     tracker.close("FINISHED")
     return artifact
+
+
+def sizes(model: Location) -> dict[str, int]:
+    """Parameters in two conventions and MACs per token of the native folder at a location."""
+    from model.config import ModelSpec
+
+    spec = ModelSpec.from_json(json.loads(model.read_bytes("config.json"))["model"])
+    return {
+        "parameters": spec.num_parameters("tied_all"),
+        "krony_parameters": spec.num_parameters("krony_no_wpe"),
+        "macs_per_token": spec.macs_per_token("factored"),
+    }
 
 
 def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training) -> FitResult:

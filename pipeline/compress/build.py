@@ -44,7 +44,7 @@ def build_init(
         attempt.location.put_folder(folder)
         spec = compressed.model.spec
         replaced = sum(row["parameters"] for row in rows)
-        energies = [row["energy_kept"] for row in rows if row["energy_kept"] is not None]
+        energies = [row["energy_kept"] for row in rows]
         metrics = {
             "parameters": spec.num_parameters("tied_all"),
             "krony_parameters": spec.num_parameters("krony_no_wpe"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.export import load_native, save_native, save_stock, to_dense
+from model.export import load_native, save_native, save_stock
 from model.gpt2 import GPT2
 from pipeline.compress.load import load_model
 from pipeline.data.tokenizer import load_tokenizer, write_hf_tokenizer
@@ -39,7 +39,7 @@ def export_model(
         stock, native = Path(scratch) / "stock", Path(scratch) / "native"
         stock.mkdir()
         native.mkdir()
-        save_stock(to_dense(model), stock, eot_token=encoding.eot_token)
+        save_stock(model, stock, eos_id=encoding.eot_token)
         write_hf_tokenizer(encoding, stock)
         save_native(model, native)
         write_hf_tokenizer(encoding, native)

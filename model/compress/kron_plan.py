@@ -40,6 +40,9 @@ class KronChoice:
     decay_right: bool = True
     """Whether weight decay may act on B."""
 
+    one_term: bool = False
+    """Whether the method knows no sums of several terms."""
+
 
 def chosen_blocks(spec: ModelSpec, layers: tuple[int, ...]) -> tuple[int, ...]:
     """Indices of the blocks to compress, ascending; ModelError for one that is not there."""
@@ -78,7 +81,7 @@ def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budg
         )
 
     def hint() -> str:
-        return "nearest that keep it: " + _nearest(spec, choice, budget)
+        return _nearest(spec, choice, budget)
 
     what = f"{method} {shape}, terms = {max(1, terms)}"
     check_terms(shape, max(1, terms))
@@ -115,7 +118,7 @@ def _most_terms(spec: ModelSpec, shape: KronShape, choice: KronChoice, budget: B
     return budget.most_terms(
         base=_base(spec, choice, budget.convention),
         per_term=matrices * shape.params(1, scales=choice.scales),
-        max_terms=shape.max_terms,
+        max_terms=1 if choice.one_term else shape.max_terms,
     )
 
 
@@ -133,10 +136,9 @@ def _nearest(spec: ModelSpec, choice: KronChoice, budget: Budget, *, count: int 
         if len(found) == count:
             break
     if found:
-        return "; ".join(found)
+        return "nearest that keep it: " + "; ".join(found)
     smallest = base + matrices * min(
         shape.params(1, scales=choice.scales) for shape in legal_shapes(rows, cols)
     )
-    return (
-        f"none does: these blocks leave {smallest:,} to {spec.num_parameters(budget.convention):,} parameters"
-    )
+    largest = spec.num_parameters(budget.convention)
+    return f"no shape keeps it: these blocks leave {smallest:,} to {largest:,} parameters"

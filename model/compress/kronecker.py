@@ -107,7 +107,10 @@ class KronPruneMethod:
 
     def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
         """One term at both MLP matrices of the chosen blocks; B is exempt from weight decay."""
-        choice = KronChoice(shape=self.config.shape, terms=1, layers=self.config.layers, decay_right=False)
+        config = self.config
+        choice = KronChoice(
+            shape=config.shape, terms=1, layers=config.layers, decay_right=False, one_term=True
+        )
         return plan_kron_mlp(self.name, arch, choice, budget)
 
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:

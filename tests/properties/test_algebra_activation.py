@@ -23,7 +23,7 @@ from model.algebra.psd import centred, metric_loss
 from model.algebra.shapes import KronShape
 from model.config import ModelError
 
-small = settings(max_examples=12, deadline=None)
+small = settings(max_examples=12, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
 SHAPE = KronShape(4, 6, 3, 2)
 PATIENT = Solver(max_iter=3000, rtol=1e-13)

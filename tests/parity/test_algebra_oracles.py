@@ -1,0 +1,308 @@
+"""Our algebra against slow NumPy references, where they are at hand: same products, same losses.
+
+Factors are unique only up to gauge, sign and rotation, so products and losses are compared, never factors.
+The references are looked for in KRONY_SHARED, or in `shared` beside the project, and are no part of it.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from model.algebra import (
+    activation,
+    allocation,
+    attention,
+    bias,
+    gauge,
+    kron,
+    low_rank,
+    nystrom,
+    permute,
+    psd,
+    strided,
+    weighted,
+)
+from model.algebra.alternate import Solver
+from model.algebra.shapes import KronShape, legal_shapes
+
+PROJECT = Path(__file__).resolve().parents[2]
+SHAPE = KronShape(6, 9, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> ModuleType:
+    shared = Path(os.environ.get("KRONY_SHARED", str(PROJECT.parent / "shared")))
+    file = shared / "oracles" / "kron_oracles.py"
+    if not file.is_file():
+        pytest.skip("no references: set KRONY_SHARED to a folder that holds oracles/kron_oracles.py")
+    spec = importlib.util.spec_from_file_location("kron_oracles", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kron_oracles"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def close(ours: torch.Tensor | float, theirs: np.ndarray | float, *, rtol: float = 1e-8) -> None:
+    ours = ours.numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours)
+    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * max(1.0, float(np.abs(theirs).max())))
+
+
+def test_counts_of_every_shape(oracle):
+    for shape in legal_shapes(768, 3072):
+        theirs = oracle.KronShape(shape.m1, shape.n1, shape.m2, shape.n2)
+        for terms in (1, 3):
+            assert shape.params(terms, scales=True) == oracle.kron_params(theirs, terms, True)
+            assert shape.rank_bound(terms) == oracle.kron_rank_bound(theirs, terms)
+            assert shape.macs(terms) == oracle.kron_macs(theirs, terms)
+        assert shape.max_terms == theirs.max_terms
+        assert tuple(theirs.transposed()) == (shape.n1, shape.m1, shape.n2, shape.m2)
+
+
+def test_products_gauge_signs_and_scales(oracle, rng):
+    left, right = rng.normal(size=(3, 6, 9)), rng.normal(size=(3, 4, 4))
+    weight, x = rng.normal(size=(24, 36)), rng.normal(size=(5, 24))
+    a, b = tensor(left), tensor(right)
+    close(kron.kron_sum(a, b), oracle.kron_sum(left, right))
+    close(kron.rearrange(tensor(weight), SHAPE), oracle.rearrange(weight, oracle.KronShape(6, 9, 4, 4)))
+    for order in ("b_first", "a_first"):
+        close(kron.kron_apply(tensor(x), a, b, order=order), oracle.kron_apply(x, left, right, order))
+    for name in ("rms", "sqrt"):
+        for ours, theirs in zip(
+            gauge.apply_gauge(a, b, gauge=name), oracle.apply_gauge(left, right, name), strict=True
+        ):
+            close(ours, theirs)
+    for ours, theirs in zip(gauge.canonical_signs(a, b), oracle.canonical_signs(left, right), strict=True):
+        close(ours, theirs)
+    close(gauge.best_scales(tensor(weight), a, b), oracle.ls_scales(weight, left, right))
+
+
+@pytest.mark.parametrize("terms", [1, 3, 16])
+def test_van_loan(oracle, rng, terms):
+    weight = rng.normal(size=(24, 36))
+    for name in ("rms", "sqrt"):
+        left, right, sigma = oracle.van_loan(weight, oracle.KronShape(6, 9, 4, 4), terms, name)
+        fit = kron.nearest_kron(tensor(weight), SHAPE, terms=terms, gauge=name)
+        close(fit.dense(), oracle.kron_sum(left, right))
+        close(fit.error, (sigma[terms:] ** 2).sum())
+        close(fit.left.flatten(1).norm(dim=1), np.linalg.norm(left.reshape(terms, -1), axis=1))
+
+
+def test_strided(oracle, rng):
+    weight = rng.normal(size=(24, 36))
+    left, right = oracle.prune_init(weight, oracle.KronShape(6, 9, 4, 4), 1, 2)
+    ours = strided.strided_kron(tensor(weight), SHAPE, offset=(1, 2))
+    close(ours[0], left)
+    close(ours[1], right)
+
+
+def test_permuted_pair(oracle, rng):
+    shape, theirs = KronShape(3, 4, 2, 3), oracle.KronShape(3, 4, 2, 3)
+    for _ in range(3):
+        up, down = rng.normal(size=(6, 12)), 2 * rng.normal(size=(12, 6))
+        _, history = oracle.permuted_kron_pair(up, down, theirs, 1, 5)
+        found = permute.permuted_kron_pair(tensor(up), tensor(down), shape, terms=1)
+        assert found.loss <= history[0] * (1 + 1e-12)  # entry 0 is plain Van Loan
+        plain = kron.nearest_kron(tensor(up), shape, terms=1).error
+        plain += kron.nearest_kron(tensor(down), shape.transposed(), terms=1).error
+        close(plain, history[0])
+        cost = rng.normal(size=(7, 7))
+        assert permute.minimal_order(tensor(cost)).tolist() == oracle.assignment(cost).tolist()
+        norms = rng.normal(size=12)
+        split = permute.norm_split(tensor(norms), outer=4, inner=3)
+        assert split.tolist() == oracle.norm_split_order(norms, 4, 3).tolist()
+
+
+def test_weighted(oracle, rng):
+    weight, weights = rng.normal(size=(24, 36)), rng.uniform(size=(24, 36)) ** 4
+    weights[3] = 0
+    p, q = rng.uniform(0.1, 3, (6, 9)), rng.uniform(0.1, 3, (4, 4))
+    left, right, sigma = oracle.separable_kron(weight, p, q, oracle.KronShape(6, 9, 4, 4), 2)
+    fit = weighted.separable_kron(tensor(weight), tensor(p), tensor(q), terms=2)
+    close(fit.dense(), oracle.kron_sum(left, right))
+    close(fit.loss, (sigma[2:] ** 2).sum())
+    start = oracle.van_loan(weight, oracle.KronShape(6, 9, 4, 4), 2)[:2]
+    left, right, history = oracle.weighted_kron_als(weight, weights, *start, sweeps=12)
+    als = weighted.weighted_kron(
+        tensor(weight), tensor(weights), SHAPE, terms=2, starts=("vl",), solver=Solver(max_iter=12, rtol=0)
+    )
+    close(np.array(als.convergence.history), history, rtol=1e-6)
+    close(als.dense(), oracle.kron_sum(left, right), rtol=1e-5)
+    _, em = oracle.weighted_kron_em(weight, weights, oracle.KronShape(6, 9, 4, 4), 2, 80)
+    ours = weighted.weighted_kron(
+        tensor(weight), tensor(weights), SHAPE, terms=2, method="em", solver=Solver(max_iter=400, rtol=0)
+    )
+    assert ours.loss <= em[-1] * 1.01
+    p, q = oracle.nearest_kron_nonneg(weights, oracle.KronShape(6, 9, 4, 4))
+    close(torch.kron(*weighted.nearest_separable(tensor(weights), SHAPE)), np.kron(p, q), rtol=1e-4)
+
+
+def test_activation(oracle, rng):
+    shape, theirs = KronShape(4, 6, 3, 2), oracle.KronShape(4, 6, 3, 2)
+    weight, x = rng.normal(size=(12, 12)), rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
+    gram = x.T @ x / 200
+    start = oracle.van_loan(weight, theirs, 2)[:2]
+    problem = activation.ActivationProblem.of(tensor(weight), tensor(gram), shape)
+    a, b = (tensor(side) for side in start)
+    close(problem.best_left(a, b, ridge_rel=1e-8), oracle.awk_a_step(weight, gram, *start), rtol=1e-6)
+    close(problem.best_right(a, b, ridge_rel=1e-8), oracle.awk_b_step(weight, gram, *start), rtol=1e-6)
+    left, right, history = oracle.awk_als(weight, gram, *start, sweeps=12)
+    fit = activation.activation_kron(
+        tensor(weight), tensor(gram), shape, terms=2, starts=("vl",), solver=Solver(max_iter=12, rtol=0)
+    )
+    close(np.array(fit.convergence.history), history, rtol=1e-6)
+    close(fit.dense(), oracle.kron_sum(left, right), rtol=1e-5)
+    first, second = oracle.nearest_kron_psd(gram, 4, 3)
+    for ours, reference in zip(activation.nearest_kron_psd(tensor(gram), 4, 3), (first, second), strict=True):
+        close(ours / ours.norm(), reference / np.linalg.norm(reference), rtol=1e-6)
+    left, right, sigma = oracle.awk_closed_form(weight, first, second, theirs, 2)
+    closed = activation.separable_metric_kron(tensor(weight), tensor(first), tensor(second), shape, terms=2)
+    close(closed.dense(), oracle.kron_sum(left, right), rtol=1e-6)
+    close(closed.loss, (sigma[2:] ** 2).sum())
+
+
+def test_activation_with_an_output_metric(oracle, rng):
+    shape = KronShape(4, 6, 3, 2)
+    weight, x = rng.normal(size=(12, 12)), rng.normal(size=(200, 12))
+    g1, g2 = (half @ half.T for half in (rng.normal(size=(6, 6)), rng.normal(size=(2, 2))))
+    gram = x.T @ x / 200
+    start = tuple(rng.normal(size=size) for size in ((1, 4, 6), (1, 3, 2)))
+    left, right, history = oracle.awk_als_output_metric(weight, gram, g1, g2, *start, sweeps=8)
+    fit = activation.activation_kron(
+        tensor(weight),
+        tensor(gram),
+        shape,
+        terms=1,
+        output_metric=(tensor(g1), tensor(g2)),
+        starts=(),
+        warm=(tensor(start[0]), tensor(start[1])),
+        solver=Solver(max_iter=8, rtol=0),
+    )
+    close(np.array(fit.convergence.history), history, rtol=1e-6)
+    close(fit.dense(), oracle.kron_sum(left, right), rtol=1e-4)
+
+
+def test_metrics_and_low_rank(oracle, rng):
+    weight, x, delta = rng.normal(size=(14, 10)), rng.normal(size=(80, 14)), rng.normal(size=(80, 10))
+    gram, out = x.T @ x / 80, delta.T @ delta / 80
+    mean = x.mean(0)
+    for rank in (1, 4, 10):
+        first, second, sigma = oracle.metric_svd(weight, rank, gram, out)
+        fit = low_rank.low_rank(
+            tensor(weight), rank=rank, input_metric=tensor(gram), output_metric=tensor(out)
+        )
+        close(fit.dense(), first @ second, rtol=1e-6)
+        close(fit.sigma, sigma, rtol=1e-6)
+        for metric in (gram, oracle.asvd_metric(np.abs(x).mean(0))):
+            first, second = oracle.projection_svd(weight, rank, metric)
+            close(
+                low_rank.low_rank(tensor(weight), rank=rank, input_metric=tensor(metric)).dense(),
+                first @ second,
+                rtol=1e-6,
+            )
+        first, second, _ = oracle.fwsvd(weight, np.arange(1, 15), rank)
+        ours = low_rank.low_rank(tensor(weight), rank=rank, input_metric=torch.arange(1, 15).double())
+        close(ours.dense(), first @ second, rtol=1e-6)
+    close(psd.psd_roots(tensor(gram)).root, oracle.psd_sqrt(gram))
+    close(psd.psd_roots(tensor(gram)).inverse, oracle.psd_pinv_sqrt(gram), rtol=1e-6)
+    close(psd.shrink(tensor(gram), 0.3), oracle.shrink(gram, 0.3))
+    close(psd.centred(tensor(gram), tensor(mean)), oracle.centred(gram, mean))
+    close(psd.homogeneous(tensor(gram), tensor(mean)), oracle.homogeneous(gram, mean))
+    other, old = rng.normal(size=(14, 10)), rng.normal(size=10)
+    close(
+        bias.corrected_bias(tensor(old), mean=tensor(mean), difference=tensor(weight - other)),
+        oracle.corrected_bias(weight, other, old, mean),
+    )
+    close(
+        psd.metric_loss(tensor(weight - other), input_metric=tensor(gram), output_metric=tensor(out)),
+        oracle.two_sided_loss(weight, other, gram, out),
+    )
+    second = rng.normal(size=(10, 6))
+    for ours, theirs in zip(
+        low_rank.balance(tensor(weight), tensor(second)), oracle.balance_rank_one(weight, second), strict=True
+    ):
+        close(ours.abs(), np.abs(theirs))
+
+
+def test_nystrom(oracle, rng):
+    hidden = oracle.gelu_new(rng.normal(size=(400, 24)) @ rng.normal(size=(24, 24)) / 4)
+    gram, mean, down, old = (
+        hidden.T @ hidden / 400,
+        hidden.mean(0),
+        rng.normal(size=(24, 8)),
+        rng.normal(size=8),
+    )
+    ridge = np.trace(gram) / 24
+    close(nystrom.ridge_leverage(tensor(gram)), oracle.ridge_leverage(gram, ridge))
+    scores = oracle.ridge_leverage(gram, ridge)
+    keep = oracle.keep_top(scores, 9)
+    assert nystrom.keep_top(tensor(scores), 9).tolist() == keep.tolist()
+    for count in (1, 5, 9, 20):
+        ours = nystrom.greedy_keep(tensor(gram), tensor(down), count)
+        assert ours.tolist() == oracle.greedy_keep(gram, down, count).tolist()
+    new = nystrom.refit(tensor(gram), tensor(keep), tensor(down))
+    close(new, oracle.nystrom_refit(gram, keep, down), rtol=1e-6)
+    close(
+        nystrom.selection_loss(tensor(gram), tensor(keep), tensor(down), new),
+        oracle.nystrom_loss(gram, keep, down),
+    )
+    ours = nystrom.refit_with_bias(tensor(gram), tensor(mean), tensor(keep), tensor(down), tensor(old))
+    theirs = oracle.nystrom_bias_corrected(gram, mean, keep, down, old)
+    for one, other in zip(ours, theirs, strict=True):
+        close(one, other, rtol=1e-6)
+
+
+def test_attention(oracle, rng):
+    x = rng.normal(size=(50, 12)) @ rng.normal(size=(12, 12)) + rng.normal(size=12)
+    gram, mean = x.T @ x / 50, x.mean(0)
+    wq, wk, wv, wo = (rng.normal(size=size) for size in ((12, 5), (12, 5), (12, 5), (5, 12)))
+    bq, bk = rng.normal(size=5), rng.normal(size=5)
+    gram_q = attention.head_gram(tensor(wq), tensor(bq), tensor(gram), tensor(mean))
+    gram_k = attention.head_gram(tensor(wk), tensor(bk), tensor(gram), tensor(mean))
+    close(gram_q, oracle.head_gram(wq, bq, gram, mean))
+    close(attention.cr_scores(gram_q, gram_k), oracle.cr_scores(gram_q.numpy(), gram_k.numpy()))
+    cov = psd.centred(tensor(gram), tensor(mean))
+    for rank in (1, 3, 5):
+        query, query_bias, key, sigma = oracle.joint_qk(wq, bq, wk, gram, mean, rank)
+        ours = attention.joint_query_key(
+            tensor(wq),
+            tensor(bq),
+            tensor(wk),
+            gram_q,
+            attention.head_metric(tensor(wk), cov),
+            rank=rank,
+        )
+        close(ours.query @ ours.key.mT, query @ key.T, rtol=1e-6)
+        close(ours.query_bias @ ours.key.mT, query_bias @ key.T, rtol=1e-6)
+        close(ours.sigma, sigma[:5], rtol=1e-6)
+        value, output, sigma = oracle.vo_svd(wv, wo, gram, rank)
+        for form in (attention.value_output, attention.value_output_two_stage):
+            pair = form(tensor(wv), tensor(wo), tensor(gram), rank=rank)
+            close(pair.value @ pair.output, value @ output, rtol=1e-6)
+            close(pair.sigma, sigma[:5], rtol=1e-6)
+
+
+def test_allocation(oracle, rng):
+    for _ in range(10):
+        scores = rng.uniform(0.02, 0.3, 12)
+        for average, eps in ((0.3, 0.1), (0.5, 0.05), (0.7, 0.01)):
+            ours = allocation.allocate_sparsity(scores.tolist(), average=average, eps=eps)
+            np.testing.assert_allclose(ours, oracle.allocate_sparsity(scores, average, eps))
+    for keep in range(2, 13):
+        assert list(allocation.even_layers(keep)) == oracle.even_layers(keep)

@@ -1,0 +1,144 @@
+"""Permuted pairs: every step exact, never worse than the stored order, one hidden order that folds away."""
+
+import itertools
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from model.algebra.kron import nearest_kron
+from model.algebra.permute import (
+    align_levels,
+    best_order,
+    minimal_order,
+    norm_split,
+    permuted_kron_pair,
+)
+from model.algebra.shapes import KronShape
+from model.config import ModelError
+
+SHAPES = [KronShape(3, 4, 2, 3), KronShape(6, 3, 1, 4), KronShape(2, 6, 3, 2), KronShape(6, 12, 1, 1)]
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def pair_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return normal(seed, 6, 12), 2 * normal(seed + 1, 12, 6)
+
+
+def is_order(order: torch.Tensor) -> bool:
+    return sorted(order.tolist()) == list(range(len(order)))
+
+
+def test_an_assignment_is_the_best_of_all_permutations():
+    cost = normal(0, 6, 6)
+    best = min(sum(cost[i, p] for i, p in enumerate(order)) for order in itertools.permutations(range(6)))
+    order = minimal_order(cost)
+    assert float(cost[torch.arange(6), order].sum()) == pytest.approx(float(best))
+    rows = normal(1, 6, 4)
+    shuffled = torch.tensor([3, 1, 5, 0, 2, 4])
+    assert best_order(rows[shuffled] + 1e-3, rows).tolist() == shuffled.tolist()
+
+
+def test_norm_split_gives_places_that_share_an_inner_index_similar_norms():
+    norms = normal(2, 12)
+    order = norm_split(norms, outer=4, inner=3)
+    assert is_order(order)
+    places = norms[order].reshape(4, 3)
+    for level in range(2):
+        assert places[:, level].min() > places[:, level + 1].max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("hidden", ["shared", "separate"])
+def test_history_never_rises_and_the_pair_is_never_worse_than_van_loan(shape, terms, hidden):
+    terms = min(terms, shape.max_terms)
+    for seed in range(4):
+        up, down = pair_of(seed)
+        found = permuted_kron_pair(up, down, shape, terms=terms, hidden=hidden, seed=seed)
+        how = found.convergence
+        assert all(later < earlier for earlier, later in pairwise(how.history))
+        assert found.loss == how.history[-1] == min(loss for _, loss in how.by_start)
+        stored = nearest_kron(up, shape, terms=terms).error
+        stored += nearest_kron(down, shape.transposed(), terms=terms).error
+        assert found.loss <= stored * (1 + 1e-12)
+        new_up, new_down = found.dense()
+        measured = float((up - new_up).square().sum() + (down - new_down).square().sum())
+        assert found.loss == pytest.approx(measured, rel=1e-8, abs=1e-18)
+        orders = found.orders
+        for order in (orders.inputs, orders.hidden, orders.hidden_down, orders.outputs):
+            assert is_order(order)
+        if hidden == "shared":
+            assert torch.equal(orders.hidden, orders.hidden_down)
+        again = orders.put_back(*orders.pick(up, down))
+        assert torch.equal(again[0], up)
+        assert torch.equal(again[1], down)
+
+
+def test_the_shared_hidden_order_folds_and_the_outer_ones_are_gathers():
+    up, down = pair_of(0)
+    bias_up, bias_down, x = normal(3, 12), normal(4, 6), normal(5, 7, 6)
+    found = permuted_kron_pair(up, down, SHAPES[0], terms=1)
+    o, gelu = found.orders, torch.nn.functional.gelu
+    inner = gelu(x[:, o.inputs] @ found.up.dense() + bias_up[o.hidden]) @ found.down.dense()
+    native = torch.empty(7, 6, dtype=torch.float64)
+    native[:, o.outputs] = inner
+    new_up, new_down = found.dense()
+    assert_close(native + bias_down, gelu(x @ new_up + bias_up) @ new_down + bias_down)
+
+
+def test_orders_that_cannot_matter_stay_as_stored():
+    up, down = pair_of(1)
+    flat = permuted_kron_pair(up, down, KronShape(6, 3, 1, 4), terms=1).orders
+    assert flat.inputs.tolist() == flat.outputs.tolist() == list(range(6))
+    assert flat.hidden.tolist() != list(range(12))
+    tall = permuted_kron_pair(up, down, KronShape(2, 12, 3, 1), terms=1).orders
+    assert tall.hidden.tolist() == list(range(12))
+    inner = permuted_kron_pair(up, down, SHAPES[0], terms=1, outer=False).orders
+    assert inner.inputs.tolist() == inner.outputs.tolist() == list(range(6))
+    nothing = permuted_kron_pair(up, down, KronShape(6, 12, 1, 1), terms=1)
+    assert [name for name, _ in nothing.convergence.by_start] == ["norm_split", "identity"]
+
+
+def test_a_hidden_order_is_found_again():
+    shape = KronShape(8, 6, 1, 4)
+    levels = torch.tensor([[4.0, 2.0, 1.0, 0.5]]).double()  # norms tell the levels apart
+    scramble = torch.from_numpy(np.random.default_rng(3).permutation(24))
+    up = torch.kron(normal(0, 8, 6), levels)[:, scramble]
+    down = torch.kron(normal(1, 6, 8), levels.reshape(4, 1))[scramble]
+    energy = float(up.square().sum() + down.square().sum())
+    assert nearest_kron(up, shape, terms=1).error > 0.2 * float(up.square().sum())
+    found = permuted_kron_pair(up, down, shape, terms=1)
+    assert found.loss < 0.05 * energy
+
+
+def test_regrouping_a_level_never_lowers_the_energy_that_a_fit_holds():
+    shape = KronShape(4, 6, 2, 3)
+    for seed in range(5):
+        up = normal(seed, 8, 18)
+        fit = nearest_kron(up, shape, terms=2)
+        right = fit.right / fit.right.flatten(1).norm(dim=1)[:, None, None]
+        order = align_levels(torch.arange(18), [(up.T, right)], groups=6)
+        assert is_order(order)
+        levels = torch.arange(18).reshape(6, 3)
+        assert torch.equal(order.reshape(6, 3).sort(dim=0).values, levels)  # units stay in their level
+        after = nearest_kron(up[:, order], shape, terms=2)
+        assert after.error <= fit.error * (1 + 1e-12)
+
+
+def test_the_seed_decides_and_bad_arguments_are_refused():
+    up, down = pair_of(5)
+    one, same = (permuted_kron_pair(up, down, SHAPES[2], terms=1, seed=3) for _ in range(2))
+    assert torch.equal(one.orders.hidden, same.orders.hidden)
+    assert torch.equal(one.up.left, same.up.left)
+    other = permuted_kron_pair(up, down, SHAPES[2], terms=1, seed=4)
+    assert one.convergence.by_start != other.convergence.by_start
+    with pytest.raises(ModelError, match="must not be negative"):
+        permuted_kron_pair(up, down, SHAPES[0], terms=1, max_sweeps=-1)
+    with pytest.raises(ModelError, match="6x12 weight"):
+        permuted_kron_pair(up.T, down, SHAPES[0], terms=1)

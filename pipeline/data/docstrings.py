@@ -91,7 +91,7 @@ def _walk(node: ast.AST, name: str, arguments: str = "") -> Iterator[tuple[str, 
             yield from _walk(child, f"{name}.{child.name}")
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _walk(child, f"{name}.{child.name}", _signature(child.args))
-        elif isinstance(child, ast.If | ast.Try | ast.With):
+        elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler | ast.With):
             yield from _walk(child, name)
 
 

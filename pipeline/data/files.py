@@ -112,7 +112,7 @@ class LocalFiles:
                 plain = Path(folder) / "plain.parquet"
                 with open_bytes(path) as source, plain.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-            rows = sum(count for count, _ in row_groups(plain, text_column=field))
+            rows = sum(count for count, _ in row_groups(plain, name=str(path), text_column=field))
             for number, (text,) in enumerate(read_rows(plain, [field], stop=rows)):
                 if text is not None and not isinstance(text, str):
                     raise CorpusError(

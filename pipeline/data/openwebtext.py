@@ -59,7 +59,7 @@ class OpenWebText:
         from pipeline.data.tables import read_rows, row_groups
 
         path = Path(partition.stamp)
-        rows = sum(count for count, _ in row_groups(path, text_column="text"))
+        rows = sum(count for count, _ in row_groups(path, name=str(path), text_column="text"))
         for number, (text,) in enumerate(read_rows(path, ["text"], stop=rows)):
             yield Document.of(text, f"{partition.name}:{number}")
 
@@ -79,7 +79,7 @@ class OpenWebText:
                 name=name,
                 size_bytes=(self._folder / name).stat().st_size,
                 sha256=digest(self._folder / name),
-                groups=row_groups(self._folder / name, text_column="text"),
+                groups=row_groups(self._folder / name, name=name, text_column="text"),
             )
             for name in self._local_files(self._folder)
         )
@@ -100,7 +100,7 @@ class OpenWebText:
             known = {each.rfilename: each for each in listing if each.rfilename.endswith(".parquet")}
             for name in self._train_files(list(known), where=f"{repo}@{revision}"):
                 with HfFileSystem().open(f"datasets/{repo}@{revision}/{name}", "rb") as file:
-                    groups = row_groups(file, text_column="text")
+                    groups = row_groups(file, name=name, text_column="text")
                 lfs = known[name].lfs
                 yield TextFile(
                     name=name,

@@ -162,7 +162,7 @@ def _pieces(manifest: Manifest, bound: int) -> Iterator[tuple[Range, int]]:
     for number, file in enumerate(manifest.files):
         start = 0
         for rows, size in file.groups:
-            parts = max(1, min(rows, math.ceil((size + rows) / bound)))
+            parts = max(1, min(rows, math.ceil((size + rows) / (bound - 2))))  # parts are rounded up
             cuts = [start + rows * i // parts for i in range(parts + 1)]
             for low, high in itertools.pairwise(cuts):
                 yield Range(number, low, high), math.ceil(size / parts)

@@ -166,17 +166,20 @@ def _grouped(documents: Iterable[Document], limit_bytes: int) -> Iterator[tuple[
 # --- read -------------------------------------------------------------------------------------------------
 
 
-def row_groups(file: Any, *, text_column: str) -> tuple[tuple[int, int], ...]:
-    """Documents and bytes of text of each row group, from the footer of a parquet file alone.
+def row_groups(file: Any, *, name: str, text_column: str) -> tuple[tuple[int, int], ...]:
+    """Documents and bytes of text of each row group, from the footer of a parquet file, open or by path.
 
-    Raises CorpusError if the column is not there.
+    Raises CorpusError, with `name`, if it has no such column or is no parquet file.
     """
-    reader = pq.ParquetFile(file)
-    metadata = reader.metadata
+    try:
+        with pq.ParquetFile(file) as reader:
+            metadata = reader.metadata
+    except (OSError, pa.ArrowException) as err:
+        raise CorpusError(f"{name}: not a readable parquet file ({err}); get it again") from err
     names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     if text_column not in names:
         raise CorpusError(
-            f"{file}: no column {text_column!r}; it has {', '.join(names)}: set corpus.text_field"
+            f"{name}: no column {text_column!r}; it has {', '.join(names)}: set corpus.text_field"
         )
     at = names.index(text_column)
     return tuple(

@@ -96,14 +96,14 @@ class StructuredLinear(Tagged, ABC):
 
     def resolve_mode(self, tokens: int) -> Literal["factored", "materialize", "cached"]:
         """What `forward` does with so many tokens, here and now."""
-        inference = not self.training and not torch.is_grad_enabled()
+        inference = not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if self.mode == "auto":
             if self.cost.macs <= FACTORED_UP_TO * self.n_in * self.n_out:
                 return "factored"
             if inference:
                 return "cached"
             return "materialize" if tokens >= MATERIALIZE_TOKENS else "factored"
-        if self.mode == "cached":  # a kept W would hide the factors from autograd
+        if self.mode == "cached":  # a kept W would hide the factors from autograd and from the compiler
             return "cached" if inference else "materialize"
         return self.mode
 

@@ -118,7 +118,7 @@ def real(shared_data):
 
 
 def test_real_tensors_give_the_same_logits(transformers, real):
-    """Real positions and attention, whose values are unlike random ones; MLP matrices and table are random."""
+    """Real positions and attention, whose values are unlike random ones; MLP and table are random."""
     size = SIZES["gpt2"]
     one = GPT2Config(n_layer=1, n_head=size.n_head, n_embd=size.n_embd, n_ctx=size.n_ctx, vocab_size=997)
     random = GPT2(ModelSpec.dense(one)).init_weights(seed=0).state_dict()

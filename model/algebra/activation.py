@@ -100,7 +100,7 @@ def activation_kron(
     shape: KronShape,
     *,
     terms: int,
-    output_metric: tuple[Tensor, Tensor] | None = None,
+    output_metric: tuple[Tensor, Tensor] | Tensor | None = None,
     starts: Sequence[ActivationStart] = ("vl", "kron_gram"),
     warm: Pair | None = None,
     solver: Solver = DEFAULT_SOLVER,
@@ -109,12 +109,29 @@ def activation_kron(
     """A Kronecker sum of low output error in the metric C (m, m), the best over all starts and `warm`.
 
     Take the covariance for C and correct the bias afterwards. For m1 = 1 or m2 = 1 the result is the global
-    optimum. `output_metric` (G1, G2) minimises tr((G1 (x) G2) D^T C D) instead, by absorbing its root. Raises
-    ModelError for a metric of another shape or with NaN.
+    optimum. `output_metric` minimises tr(G D^T C D) instead: a pair (G1, G2) stands for G1 (x) G2, whose root
+    is absorbed; any G (n, n) is solved if a side of the shape is 1, because the metric of that side is a
+    Kronecker product as it is. Raises ModelError for a metric of another shape, with NaN, or that cannot be
+    absorbed.
     """
     check_weight(weight, shape)
     check_terms(shape, terms)
-    _check_metric(metric, shape)
+    _check_metric(metric, shape.rows)
+    if isinstance(output_metric, Tensor):
+        _check_metric(output_metric, shape.cols)
+        if min(shape.n1, shape.n2) > 1:
+            return _fit_transposed(
+                weight,
+                metric,
+                shape,
+                output_metric,
+                terms=terms,
+                starts=starts,
+                warm=warm,
+                solver=solver,
+                gauge=gauge,
+            )
+        output_metric = _as_pair(output_metric, is_first=shape.n2 == 1)
     if output_metric is not None:
         first, second = (psd_roots(side) for side in output_metric)
         fit = activation_kron(
@@ -129,11 +146,9 @@ def activation_kron(
         left, right = fit.left @ first.inverse, fit.right @ second.inverse
         left, right = canonical_signs(*apply_gauge(left, right, gauge=gauge))
         return replace(fit, left=left, right=right)
-    one = torch.ones(1, 1, dtype=torch.float64, device=metric.device)
-    if shape.m2 == 1:
-        return separable_metric_kron(weight, metric, one, shape, terms=terms, gauge=gauge)
-    if shape.m1 == 1:
-        return separable_metric_kron(weight, one, metric, shape, terms=terms, gauge=gauge)
+    if min(shape.m1, shape.m2) == 1:
+        sides = _as_pair(metric, is_first=shape.m2 == 1)
+        return separable_metric_kron(weight, *sides, shape, terms=terms, gauge=gauge)
     problem = ActivationProblem.of(weight, metric, shape)
     pairs = {str(name): problem.start(name, terms) for name in starts}
     if warm is not None:
@@ -145,11 +160,45 @@ def activation_kron(
     return WeightedFit(left=left, right=right, loss=how.history[-1], energy=problem.energy, convergence=how)
 
 
-def _check_metric(metric: Tensor, shape: KronShape) -> None:
-    if tuple(metric.shape) != (shape.rows, shape.rows) or not bool(torch.isfinite(metric).all()):
+def _fit_transposed(
+    weight: Tensor,
+    metric: Tensor,
+    shape: KronShape,
+    output_metric: Tensor,
+    *,
+    terms: int,
+    starts: Sequence[ActivationStart],
+    warm: Pair | None,
+    solver: Solver,
+    gauge: Gauge,
+) -> WeightedFit:
+    """Any output metric, m1 = 1 or m2 = 1: turn the weight, and C is an output metric that is absorbed."""
+    if min(shape.m1, shape.m2) > 1:
         raise ModelError(
-            f"input metric {tuple(metric.shape)} of {shape}: need a finite {shape.rows}x{shape.rows} matrix"
+            f"an output metric that is no Kronecker product needs a factor with a side of 1, not {shape}"
         )
+    fit = activation_kron(
+        weight.T,
+        output_metric,
+        shape.transposed(),
+        terms=terms,
+        output_metric=_as_pair(metric, is_first=shape.m2 == 1),
+        starts=starts,
+        warm=None if warm is None else (warm[0].mT, warm[1].mT),
+        solver=solver,
+    )
+    left, right = canonical_signs(*apply_gauge(fit.left.mT, fit.right.mT, gauge=gauge))
+    return replace(fit, left=left, right=right)
+
+
+def _as_pair(metric: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor]:
+    one = torch.ones(1, 1, dtype=torch.float64, device=metric.device)
+    return (metric, one) if is_first else (one, metric)
+
+
+def _check_metric(metric: Tensor, size: int) -> None:
+    if tuple(metric.shape) != (size, size) or not bool(torch.isfinite(metric).all()):
+        raise ModelError(f"metric {tuple(metric.shape)}: need a finite {size}x{size} matrix")
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,39 @@ def test_an_output_metric_is_absorbed_exactly():
     assert again.loss == pytest.approx(fit.loss, rel=1e-8)
 
 
+@small
+@given(
+    seeds,
+    st.integers(1, 2),
+    st.sampled_from(
+        [KronShape(12, 6, 1, 2), KronShape(1, 6, 12, 2), KronShape(4, 1, 3, 12), KronShape(4, 12, 3, 1)]
+    ),
+)
+def test_any_output_metric_is_solved_where_a_side_is_one(seed, terms, shape):
+    weight, metric, out = normal(seed, 12, 12), gram_of(tokens(seed + 1, 12)), spd(seed + 2, 12)
+    solver = Solver(max_iter=400, rtol=1e-12)
+    fit = activation_kron(weight, metric, shape, terms=terms, output_metric=out, solver=solver)
+    assert never_rises(fit.convergence.history)
+    direct = metric_loss(weight - fit.dense(), input_metric=metric, output_metric=out)
+    assert fit.loss == pytest.approx(direct, rel=1e-6, abs=1e-10 * fit.energy)
+    for other in (
+        activation_kron(weight, metric, shape, terms=terms).dense(),
+        nearest_kron(weight, shape, terms=terms).dense(),
+    ):
+        assert metric_loss(weight - other, input_metric=metric, output_metric=out) >= direct * (1 - 1e-6)
+    left, right = fit.left.clone().requires_grad_(), fit.right.clone().requires_grad_()
+    rest = weight - kron_sum(left, right)
+    (rest * (metric @ rest @ out)).sum().backward()
+    scale = fit.energy / float(fit.left.norm())
+    assert float(left.grad.abs().max()) < 1e-4 * scale
+    assert float(right.grad.abs().max()) < 1e-4 * scale
+
+
+def test_an_output_metric_that_cannot_be_absorbed_is_refused():
+    with pytest.raises(ModelError, match="needs a factor with a side of 1"):
+        activation_kron(normal(0, 12, 12), torch.eye(12), SHAPE, terms=1, output_metric=torch.eye(12))
+
+
 def test_the_nearest_kronecker_metric_is_a_metric():
     metric = gram_of(tokens(0, 12))
     first, second = nearest_kron_psd(metric, 4, 3)

@@ -70,7 +70,12 @@ class Submission:
 
 def plan_upload(folder: Path = PROJECT, *, limit_bytes: int = LIMIT_BYTES) -> Upload:
     """What Ray would send of `folder`; raises PreflightError when it is more than a dashboard takes."""
-    from ray._private.runtime_env.packaging import _dir_travel  # the one true reading of the ignore files
+    _prepare()
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import (
+        _dir_travel,
+        _get_excludes,
+    )  # Ray's own reading of the files
 
     files: dict[str, int] = {}
 
@@ -80,13 +85,9 @@ def plan_upload(folder: Path = PROJECT, *, limit_bytes: int = LIMIT_BYTES) -> Up
 
     silent = logging.getLogger("krony.submit")
     silent.setLevel(logging.CRITICAL)
-    _dir_travel(
-        folder,
-        [],
-        take,
-        include_gitignore=os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1",
-        logger=silent,
-    )
+    excludes = [_get_excludes(folder, get_runtime_env_default_excludes())]
+    with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1"
+    _dir_travel(folder, excludes, take, include_gitignore=with_gitignore, logger=silent)
     upload = Upload(folder, files)
     if upload.size_bytes > limit_bytes:
         most = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in upload.largest(3))
@@ -140,7 +141,21 @@ def entrypoint(
         raise PreflightError(
             f"{config}: would not be sent to the cluster; put it below {upload.folder}/configs"
         )
-    return shlex.join([python, "-m", f"jobs.{verb}", sent, *words, "--store", store_of(study)])
+    return shlex.join(
+        [python, "-m", f"jobs.{verb}", sent, *_without_store(words), "--store", store_of(study)]
+    )
+
+
+def _without_store(words: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--store":
+            del rest[:1]
+        elif not word.startswith("--store="):
+            kept.append(word)
+    return kept
 
 
 def submit(address: str, name: str, command: str, upload: Upload) -> Submission:
@@ -186,15 +201,15 @@ def dashboard_address(given: str) -> str:
 
 
 def _client(address: str) -> "JobSubmissionClient":
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _prepare()
     import ray
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignore file several times
     try:
         client = JobSubmissionClient(address)
-        theirs = client.get_version()
+        theirs = client._server_ray_version  # noqa: SLF001  (get_version is the version of the API)
     except AuthenticationError as err:
         raise PreflightError(
             f"{address}: refused, it asks for a token; put the token of the cluster into a file and set "
@@ -211,9 +226,12 @@ def _client(address: str) -> "JobSubmissionClient":
     return client
 
 
-def _has_token() -> bool:
+def _prepare() -> None:
+    # Read when ray is imported. A client sends its token only in this mode, and has to have one then.
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+    has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def _reason(err: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,21 @@ def test_all_sources_are_sent_and_nothing_else(checkout: Path):
     }
 
 
+def test_what_is_shown_is_what_ray_packs(checkout: Path, tmp_path: Path):
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(
+        str(checkout),
+        tmp_path / "sent.zip",
+        include_gitignore=True,
+        excludes=get_runtime_env_default_excludes(),
+    )
+    with zipfile.ZipFile(tmp_path / "sent.zip") as archive:
+        packed = {name for name in archive.namelist() if not name.endswith("/")}
+    assert packed == set(submit.plan_upload(checkout).files)
+
+
 @pytest.mark.slow
 def test_everything_imports_from_what_is_sent(checkout: Path, tmp_path: Path, python):
     node = tmp_path / "node"
@@ -135,7 +151,7 @@ def test_the_command_runs_from_the_folder_that_is_sent(monkeypatch):
     monkeypatch.chdir(PROJECT / "configs")
     study = submit.read_study(Path("smoke.toml"), ["--store", "/shared/krony store"])
     upload = submit.plan_upload()
-    words = ["--train.lr", "1e-4"]
+    words = ["--train.lr", "1e-4", "--store", "../relative"]
     command = submit.entrypoint(
         "train", Path("smoke.toml"), words, study=study, upload=upload, python="/opt/py/bin/python"
     )

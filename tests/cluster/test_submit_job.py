@@ -1,0 +1,133 @@
+"""A real head with token auth, started by hand: who may submit, and what a second submit does."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 120
+WATCH = """
+import sys, time
+from ray.job_submission import JobSubmissionClient
+client = JobSubmissionClient(sys.argv[1])
+while not client.get_job_status(sys.argv[2]).is_terminal():
+    time.sleep(0.5)
+print(client.get_job_status(sys.argv[2]).value)
+print(client.get_job_logs(sys.argv[2]))
+"""
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head and what it takes to be let in."""
+
+    address: str
+    folder: Path
+    secrets: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=2)
+    except urllib.error.HTTPError as err:
+        return err.code == 401
+    except OSError:
+        return False
+    raise AssertionError("the dashboard let somebody in without a token")
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """One head for the module, in a process group of its own that is ended as a whole."""
+    folder = Path(tempfile.mkdtemp(prefix="h-", dir=os.environ["RAY_TMPDIR"]))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    keys = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    gcs, dashboard, agent, client = free_ports(4)
+    places = ["--port", gcs, "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent]
+    places += ["--dashboard-host", "127.0.0.1", "--ray-client-server-port", client, "--temp-dir", folder]
+    places += ["--min-worker-port", 22000, "--max-worker-port", 22999]
+    size = ["--num-cpus", 2, "--object-store-memory", 150 * 2**20]
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *places, *size]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            env=os.environ | keys,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        deadline = time.monotonic() + PATIENCE_S
+        while not answers(address):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+        yield Head(address, folder, keys)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def krony_submit(python, head: Head, *, keys: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    own = ["--address", head.address, "--python", sys.executable, "--json"]
+    job = ["status", "configs/smoke.toml", "--store", str(head.folder / "store")]
+    return python("-m", "jobs.submit", *own, *job, cwd=PROJECT, env=keys)
+
+
+def test_nobody_submits_without_the_token(python, head: Head, tmp_path: Path):
+    wrong = tmp_path / "token"
+    wrong.write_text(secrets.token_hex(32))
+    empty = {"RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}
+    for keys in ({"RAY_AUTH_MODE": "disabled"}, empty, {"RAY_AUTH_TOKEN_PATH": str(wrong)}):
+        done = krony_submit(python, head, keys=keys)
+        assert done.returncode == 3, done.stderr
+        assert "RAY_AUTH_TOKEN_PATH" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
+
+
+def test_a_job_runs_once_at_a_time_under_its_own_name(python, head: Head):
+    first, second = (krony_submit(python, head, keys=head.secrets) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    one, two = json.loads(first.stdout), json.loads(second.stdout)
+    assert (one["is_new"], two["is_new"]) == (True, False)
+    assert one["id"] == two["id"]
+    watched = python("-c", WATCH, head.address, one["id"], env=head.secrets)
+    assert watched.stdout.startswith("SUCCEEDED"), watched.stdout + watched.stderr
+    assert "corpus/pydocs-" in watched.stdout
+    third = json.loads(krony_submit(python, head, keys=head.secrets).stdout)
+    assert third["is_new"]
+    assert third["id"] == f"{one['id']}-r2"

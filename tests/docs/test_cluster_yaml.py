@@ -1,0 +1,67 @@
+"""cluster.yaml: Ray's own schema accepts it, and what keeps strangers out stays in it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    return yaml.safe_load((PROJECT / "cluster.yaml").read_text())
+
+
+def accept(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as `ray up` completes it; raises where Ray would refuse it. Private API: Ray is pinned."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    complete = prepare_config(copy.deepcopy(config))
+    validate_config(complete)
+    return complete
+
+
+def test_ray_accepts_it(cluster: dict[str, Any]):
+    assert set(accept(cluster)["available_node_types"]) == {"head", "cpu", "gpu"}
+
+
+@pytest.mark.parametrize(
+    "typo", [{"idle_timeout_minuets": 5}, {"max_workers": "many"}, {"head_node_type": "heda"}]
+)
+def test_ray_would_notice_a_typo(cluster: dict[str, Any], typo: dict[str, Any]):
+    with pytest.raises(Exception, match=next(iter(typo)) + "|heda|many"):
+        accept(cluster | typo)
+
+
+def test_idle_machines_are_given_back(cluster: dict[str, Any]):
+    groups = cluster["available_node_types"]
+    assert groups["cpu"]["min_workers"] == groups["gpu"]["min_workers"] == 0
+    assert 0 < cluster["idle_timeout_minutes"] <= 15
+    assert cluster["max_workers"] == groups["cpu"]["max_workers"] + groups["gpu"]["max_workers"]
+
+
+def test_nobody_else_gets_in(cluster: dict[str, Any]):
+    (rule,) = cluster["provider"]["security_group"]["IpPermissions"]
+    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
+    assert all(place["CidrIp"].endswith("/32") for place in rule["IpRanges"])
+    starts = [
+        line for line in cluster["head_start_ray_commands"] if "ray start" in line or "mlflow server" in line
+    ]
+    assert len(starts) == 2
+    for line in starts:
+        assert "127.0.0.1" in line
+        assert "0.0.0.0" not in line
+    for line in (*starts[:1], *cluster["worker_start_ray_commands"][1:]):
+        assert "RAY_AUTH_MODE=token" in line
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+
+
+def test_nodes_get_the_lock_and_no_version_of_their_own(cluster: dict[str, Any]):
+    commands = " ".join(
+        [*cluster["setup_commands"], *cluster["head_setup_commands"], *cluster["worker_setup_commands"]]
+    )
+    assert "sh .ci/bootstrap" in commands
+    assert "pip install" not in commands

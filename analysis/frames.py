@@ -47,7 +47,7 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
             problems.append(f"{record.address}: the model it scored has no record")
         else:
             paths.append((record, lineage))
-    table = compared(_scores(paths), partial(losses, store), problems)
+    table = in_order(compared(_scores(paths), partial(losses, store), problems))
     curves = history(store, graph, table, problems)
     errors = modules(store, graph, table, problems)
     problems += gaps(table)
@@ -107,8 +107,12 @@ def _row(record: Record, lineage: Lineage) -> dict[str, Any]:
         "drifted": " ".join(lineage.drifted),
         "missing": " ".join(lineage.missing),
         "dirty": lineage.dirty,
+        "description": str(record.settings.get("description", "")),
+        "tokenizer": str(record.settings.get("tokenizer", "")),
+        "gate": record.settings.get("gate", {}).get("value"),
+        "gate_tolerance": record.settings.get("gate", {}).get("tolerance"),
         "commit": str(record.provenance.get("commit", "")),
-        "command": " ".join(map(str, record.provenance.get("argv", ()))),
+        "command": names.command(record.provenance.get("argv", ())),
         "finished": record.finished,
         "config": {
             "teacher": teacher.name if teacher else None,
@@ -125,3 +129,14 @@ def _label(lineage: Lineage, method: Mapping[str, Any], *, n_embd: int | None) -
     if not method:
         return lineage.subject.name
     return names.method_label(method, n_embd=n_embd)
+
+
+def in_order(scores: pd.DataFrame) -> pd.DataFrame:
+    """Rows in the order of a table: by teacher, dense first, larger sizes first, the best of a size first."""
+    order = scores.sort_values("measure", kind="stable").drop_duplicates("subject")
+    merit = order["value"].where(order["metric"] != "accuracy", -order["value"])
+    keys = order.assign(merit=merit, trained=~order["is_dense"])
+    ranked = keys.sort_values(["teacher", "trained", "group", "merit", "subject"], na_position="last")
+    place = {subject: position for position, subject in enumerate(ranked["subject"])}
+    by_place = scores.assign(place=scores["subject"].map(place)).sort_values(["place", "measure"])
+    return by_place.drop(columns="place").reset_index(drop=True)

@@ -5,7 +5,9 @@ differs in their configs is added.
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from pipeline.config.identity import differing
@@ -17,7 +19,7 @@ def method_label(method: Mapping[str, Any], *, n_embd: int | None) -> str:
     """Name, factor shapes on the up-projection and terms; the second factor needs the width of the model."""
     name = str(method.get("name", "?"))
     if name == "dense":
-        return "dense, trained on"
+        return "dense, trained further"
     if "shape" not in method:
         return name
     m1, n1 = method["shape"]
@@ -49,6 +51,17 @@ def _leaf(config: Mapping[str, Any], path: str) -> str:
     return MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def command(argv: Sequence[str]) -> str:
+    """A recorded command line as one would type it again, without the place of the interpreter."""
+    if not argv:
+        return ""
+    path = PurePath(str(argv[0]))
+    program = [path.stem]
+    if path.suffix == ".py":
+        program = ["python", "-m", f"{path.parent.name}.{path.stem}" if path.parent.name else path.stem]
+    return shlex.join([*program, *map(str, argv[1:])])
+
+
 def is_number(value: object) -> bool:
     """Whether a cell holds a number to show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
@@ -60,13 +73,13 @@ def count(value: Any) -> str:
 
 
 def short_count(value: Any) -> str:
-    """A rounded count: `655k`, `1.3M`, `82.0M`."""
+    """A rounded count: `655k`, `1.3M`, `82M`."""
     if not is_number(value):
         return MISSING
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             scaled = value / size
-            return f"{scaled:.0f}{unit}" if scaled >= 100 or unit == "k" else f"{scaled:.1f}{unit}"
+            return f"{scaled:.0f}{unit}" if scaled >= 100 or unit == "k" else f"{scaled:.3g}{unit}"
     return f"{value:.0f}"
 
 

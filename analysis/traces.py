@@ -6,6 +6,7 @@ A file that cannot be read becomes a problem for the reader of the report, not a
 import io
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -60,10 +61,15 @@ def modules(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]
         for entry in report:
             match = _SITE.fullmatch(str(entry.get("name", "")))
             if match:
-                error = entry.get("relative_error")
                 place = {"layer": int(match[1]), "matrix": match[2]}
-                rows.append({"init": address, "label": label, "error": error, **place})
+                rows.append({"init": address, "label": label, "error": _relative_error(entry), **place})
     return checked(rows, MODULES)
+
+
+def _relative_error(entry: Mapping[str, Any]) -> float | None:
+    """||W - K|| / ||W|| in the metric of the method; None where the report does not say."""
+    energy, error = entry.get("energy"), entry.get("achieved_error")
+    return (max(error, 0.0) / energy) ** 0.5 if energy and error is not None else None
 
 
 def _payload(store: Store, record: Record) -> Location:

@@ -1,4 +1,4 @@
-"""A store as a finished study leaves it, without the study: real records, losses and histories of invented models.
+"""A store as a study leaves it, without the study: real records, losses and histories of invented models.
 
     python tests/study_store.py STORE
 
@@ -22,7 +22,11 @@ from pipeline.store.location import Location
 from pipeline.tracking.jsonl import HistoryWriter
 
 DENSE = 124_439_808
-TEXTS = {"krony/wt103": (286_657, 280), "krony/wt2": (297_300, 291), "lambada/openai_last_word": (440_534, 5_153)}
+TEXTS = {
+    "krony/wt103": (286_657, 280),
+    "krony/wt2": (297_300, 291),
+    "lambada/openai_last_word": (440_534, 5_153),
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,33 @@ class Invented:
 
 MODELS = (
     Invented("dense", {"name": "dense"}, DENSE, -0.02),
-    Invented("kron-96m", {"name": "kron_vl", "shape": [768, 1536], "terms": 1, "gauge": "rms"}, 96_128_304, 0.262),
     Invented(
-        "prune-95m", {"name": "kron_prune", "shape": [384, 3072], "eps_init": 0.1}, 96_128_304, 0.255
+        "kron-96m", {"name": "kron_vl", "shape": [768, 1536], "terms": 1, "gauge": "rms"}, 96_128_304, 0.262
     ),
-    Invented("kron-82m", {"name": "kron_vl", "shape": [768, 768], "terms": 1, "gauge": "rms"}, 81_972_576, 0.371),
+    Invented("prune-95m", {"name": "kron_prune", "shape": [384, 3072], "eps_init": 0.1}, 96_128_304, 0.255),
     Invented(
-        "kron-82m-s1", {"name": "kron_vl", "shape": [768, 768], "terms": 1, "gauge": "rms"}, 81_972_576, 0.374, 1
+        "kron-82m", {"name": "kron_vl", "shape": [768, 768], "terms": 1, "gauge": "rms"}, 81_972_576, 0.371
+    ),
+    Invented(
+        "kron-82m-s1",
+        {"name": "kron_vl", "shape": [768, 768], "terms": 1, "gauge": "rms"},
+        81_972_576,
+        0.374,
+        1,
     ),
     Invented("random-82m", {"name": "random_init", "shape": [768, 768], "terms": 1}, 81_972_576, 0.96),
-    Invented("kron-67m", {"name": "kron_vl", "shape": [32, 64], "terms": 1, "gauge": "rms"}, 67_893_504, 0.93),
+    Invented(
+        "kron-67m", {"name": "kron_vl", "shape": [32, 64], "terms": 1, "gauge": "rms"}, 67_893_504, 0.93
+    ),
 )
 
 
-def put(store: Store, identity: Identity, files: Mapping[str, bytes], metrics: Mapping[str, Any], **settings: Any) -> Artifact:
-    """Publish an artifact with these payload files."""
+def put(
+    store: Store, identity: Identity, files: Mapping[str, bytes], metrics: Mapping[str, Any], **settings: Any
+) -> Artifact:
+    """Publish an artifact with these payload files, unless it is there."""
+    if done := store.find(identity):
+        return done
     with store.attempt(identity) as attempt:
         for key, data in files.items():
             attempt.location.put_bytes(key, data)
@@ -70,7 +86,9 @@ def write_study(
     store = Store(folder)
     corpus = Identity("corpus", "openwebtext", {"revision": "f3808c30"})
     tokenizer = Identity("tokenizer", "gpt2", {"name": "gpt2"})
-    tokens = Identity("tokens", "openwebtext-gpt2", {"split": "nanogpt"}, {"corpus": corpus, "tokenizer": tokenizer})
+    tokens = Identity(
+        "tokens", "openwebtext-gpt2", {"split": "nanogpt"}, {"corpus": corpus, "tokenizer": tokenizer}
+    )
     teacher = Identity("teacher", "gpt2", {"id": "openai-community/gpt2"})
     for identity in (corpus, tokenizer, tokens):
         put(store, identity, {"data.bin": identity.name.encode()}, {})
@@ -85,11 +103,18 @@ def write_study(
     return store
 
 
-def train(store: Store, model: Invented, *, teacher: Identity, tokens: Identity, tokenizer: Identity) -> Identity:
+def train(
+    store: Store, model: Invented, *, teacher: Identity, tokens: Identity, tokenizer: Identity
+) -> Identity:
     """Init, run and model of one invented model; returns the identity of the model."""
     config = {"method": dict(model.method), "budget": {"params": model.parameters}}
     init = Identity("init", str(model.method["name"]), config, {"teacher": teacher})
-    put(store, init, {"model.safetensors": b"init", "report.json": matrix_report(model)}, sizes(model.parameters))
+    put(
+        store,
+        init,
+        {"model.safetensors": b"init", "report.json": matrix_report(model)},
+        sizes(model.parameters),
+    )
     settings = {"max_steps": 2000, "batch_tokens": 491_520, "seq_len": 1024, "lr": 6e-4}
     run = Identity("run", f"{init.name}-s{model.seed}", {"train": settings, "seed": model.seed},
                    {"init": init, "tokens": tokens})  # fmt: skip
@@ -106,7 +131,11 @@ def train(store: Store, model: Invented, *, teacher: Identity, tokens: Identity,
 
 def sizes(parameters: int) -> dict[str, int]:
     """Size metrics as the pipeline records them, for the width of GPT-2."""
-    return {"parameters": parameters, "krony_parameters": parameters - 786_432, "macs_per_token": parameters - 907_776}
+    return {
+        "parameters": parameters,
+        "krony_parameters": parameters - 786_432,
+        "macs_per_token": parameters - 907_776,
+    }
 
 
 def history(location: Location, model: Invented) -> None:
@@ -127,22 +156,36 @@ def matrix_report(model: Invented) -> bytes:
     for layer in range(12) if model.method["name"] != "dense" else ():
         for matrix in ("mlp.c_fc", "mlp.c_proj"):
             error = 0.4 + model.worse * 0.4 + 0.02 * layer + rng.normal(0, 0.02)
-            rows.append({"name": f"h.{layer}.{matrix}", "relative_error": float(error), "energy_kept": 0.5})
+            rows.append(
+                {"name": f"h.{layer}.{matrix}", "energy": 4.0, "achieved_error": 4 * float(error) ** 2}
+            )
     return json.dumps(rows).encode()
 
 
 def score(
-    store: Store, model: Identity, tokenizer: Identity, protocol: Protocol, parameters: int, *, worse: float, seed: int = 0
+    store: Store,
+    model: Identity,
+    tokenizer: Identity,
+    protocol: Protocol,
+    parameters: int,
+    *,
+    worse: float,
+    seed: int = 0,
 ) -> None:
     """One scores artifact; models of one protocol share the difficulty of its units."""
     count, units = TEXTS.get(protocol.id.split("@ctx")[0], (20_000, 40))
-    shared, own = np.random.default_rng(3), np.random.default_rng([seed, parameters, units, int(abs(worse) * 1e4)])
+    shared, own = (
+        np.random.default_rng(3),
+        np.random.default_rng([seed, parameters, units, int(abs(worse) * 1e4)]),
+    )
     losses = pd.DataFrame({"index": range(units), "tokens": np.full(units, 1023 if units < 1000 else 1)})
     mean = shared.normal(3.2, 0.25, units) + worse + own.normal(0, 0.02, units)
     losses["nll"] = mean * losses["tokens"]
     value, loss = float(np.exp(mean.mean())), float(mean.mean())
     if protocol.metric == "accuracy":
-        losses["correct"] = shared.uniform(0, 1, units) < 0.46 * np.exp(-1.4 * worse) + own.normal(0, 0.02, units)
+        losses["correct"] = shared.uniform(0, 1, units) < 0.46 * np.exp(-1.4 * worse) + own.normal(
+            0, 0.02, units
+        )
         value = float(losses["correct"].mean())
     sink = io.BytesIO()
     losses.to_parquet(sink, index=False)
@@ -154,11 +197,13 @@ def score(
     )
     measured = {
         "protocol": protocol.id, "metric": protocol.metric, "value": value, "loss": loss, "token_loss": loss,
-        "weighting": protocol.weighting, "window": protocol.window, "text": protocol.text, "text_sha256": "ab" * 32,
-        "tokens_sha256": "cd" * 32, "tokens": count, "scored": int(losses["tokens"].sum()), "windows": units,
-        "unit": "passage" if protocol.metric == "accuracy" else "window", "n_embd": 768, "bits_per_byte": loss / 3,
+        "weighting": protocol.weighting, "window": protocol.window, "text": protocol.text,
+        "text_sha256": "ab" * 32, "tokens_sha256": "cd" * 32, "tokens": count, "windows": units,
+        "scored": int(losses["tokens"].sum()), "n_embd": 768, "bits_per_byte": loss / 3,
+        "unit": "passage" if protocol.metric == "accuracy" else "window",
     }  # fmt: skip
-    put(store, identity, {"losses.parquet": sink.getvalue()}, measured | sizes(parameters))
+    settings = {"description": protocol.description, "tokenizer": "gpt2", "device": "cpu"}
+    put(store, identity, {"losses.parquet": sink.getvalue()}, measured | sizes(parameters), **settings)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ shards), how it becomes tokens and how it is scored follow from the protocol alo
 """
 
 import hashlib
+from dataclasses import asdict
 from typing import Literal
 
 import tiktoken
@@ -51,7 +52,13 @@ def score_artifact(
         attempt.location.put_bytes(LOSSES, scores.units.to_parquet())
         return attempt.publish(
             metrics=scores.metrics() | size_metrics(network),
-            settings={"device": str(device), "batch": config.batch, "tokenizer": encoding.name},
+            settings={
+                "device": str(device),
+                "batch": config.batch,
+                "tokenizer": encoding.name,
+                "description": scores.protocol.description,
+                "gate": asdict(scores.protocol.gate) if scores.protocol.gate else {},
+            },
         )
 
 

@@ -1,0 +1,149 @@
+"""The comparison table: one row per model, two columns per measure, and the notes it cannot do without.
+
+A measure is a protocol on one token sequence; numbers of different measures never share a column. Models
+stand under their teacher, the dense one first, then size by size, the best of each size first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import pandas as pd
+
+from analysis import names
+from analysis.notes import MEANING, marks_of, notes
+
+Layout = Literal["full", "page", "brief"]
+"""Every column; small figures below others, for a screen; or what a terminal has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell as text, and what a page can add to it."""
+
+    text: str
+    detail: str = ""
+    """The interval of a measurement."""
+
+    is_best: bool = False
+    address: str = ""
+    """The scores record that the number comes from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Head of one column."""
+
+    title: str
+    group: str = ""
+    """Second head over several columns: the measure."""
+
+    is_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table before it has a format."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+    marks_best: bool = False
+
+    @property
+    def groups(self) -> tuple[tuple[str, int], ...]:
+        """Heads over the columns: name and number of columns, in order."""
+        runs = groupby(column.group for column in self.columns)
+        return tuple((name, len(list(columns))) for name, columns in runs)
+
+
+def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
+    """The table of a `scores` frame."""
+    rows = [{str(k): v for k, v in row.items()} for row in scores.to_dict("records")]
+    measures = measure_titles(scores)
+    subjects = _subjects(rows)
+    columns = [Column("run", is_text=True), Column("model", is_text=True), Column("parameters")]
+    columns += [Column("without wpe")] if layout == "full" else []
+    columns += [Column("share")]
+    columns += [Column("trained on")] if layout == "full" else []
+    for number, (measure, title) in enumerate(measures.items(), start=1):
+        metric = "acc." if _first(rows, measure)["metric"] == "accuracy" else "ppl"
+        columns += [Column(metric, f"{title} [{number}]"), Column("recovery", f"{title} [{number}]")]
+    common = {mark for mark in MEANING if all(mark in marks_of([row]) for row in rows)}
+    body = tuple(_row(cells, list(measures), common, layout=layout) for cells in subjects)
+    marks_best = any(cell.is_best for row in body for cell in row)
+    below = notes(rows, list(measures), marks_best=marks_best, brief=layout == "brief")
+    return Table(tuple(columns), body, below, marks_best)
+
+
+def measure_titles(scores: pd.DataFrame) -> dict[str, str]:
+    """A short title for each measure: its protocol id, with a token count where one id has several texts."""
+    rows = {row["measure"]: row for row in scores.to_dict("records")}
+    ids = [row["protocol"] for row in rows.values()]
+    return {
+        measure: row["protocol"] + (f" ({row['tokens']:,} tokens)" if ids.count(row["protocol"]) > 1 else "")
+        for measure, row in sorted(rows.items())
+    }
+
+
+def _subjects(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """Cells by measure for each model, in the order in which the models come."""
+    subjects: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        subjects.setdefault(row["subject"], {})[row["measure"]] = row
+    return list(subjects.values())
+
+
+def _row(
+    cells: dict[str, dict[str, Any]], measures: Sequence[str], common: set[str], *, layout: Layout
+) -> tuple[Cell, ...]:
+    row = next(iter(cells.values()))
+    marks = "".join(mark for mark in marks_of(cells.values()) if mark not in common)
+    variant = _or(row["variant"], "teacher" if row["is_dense"] else "")
+    training = names.MISSING if row["is_dense"] else trained_on(row)
+    krony = names.count(row["krony_parameters"])
+    small = layout == "page"
+    found = [
+        Cell(variant, training if small and not row["is_dense"] else ""),
+        Cell(f"{row['label']} {marks}".strip()),
+        Cell(
+            names.count(row["parameters"]), f"{krony} without wpe" if small and krony != names.MISSING else ""
+        ),
+    ]
+    found += [Cell(krony)] if layout == "full" else []
+    found += [Cell(names.share(row["share"]))]
+    found += [Cell(training)] if layout == "full" else []
+    for measure in measures:
+        cell = cells.get(measure)
+        if cell is None:
+            found += [Cell(names.MISSING), Cell(names.MISSING)]
+            continue
+        best = cell["is_best"] is True
+        value = names.quantity(cell["value"], cell["metric"])
+        found += [Cell(value, interval_text(cell), best, cell["address"])]
+        found += [Cell(names.MISSING if row["is_dense"] else names.share(cell["recovery"]))]
+    return tuple(found)
+
+
+def trained_on(row: dict[str, Any]) -> str:
+    """Recovery training as a reader wants it: tokens, or that there was none."""
+    if not names.is_number(row["steps"]) or row["steps"] == 0:
+        return "one-shot"
+    return f"{names.short_count(row['train_tokens'])} tokens"
+
+
+def interval_text(row: dict[str, Any]) -> str:
+    """`24.1–25.6`, or nothing."""
+    if not names.is_number(row["low"]) or not names.is_number(row["high"]):
+        return ""
+    low, high = (names.quantity(row[end], row["metric"]) for end in ("low", "high"))
+    return f"{low.removesuffix(' %')}–{high}"
+
+
+def _first(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, Any]:
+    return next(row for row in rows if row["measure"] == measure)
+
+
+def _or(value: Any, otherwise: str) -> str:
+    return value if isinstance(value, str) and value else otherwise

@@ -1,0 +1,67 @@
+"""What was found, in a few sentences: the first thing on a page, made from the table alone.
+
+For each size the best model under the first measure, and how it stands against its dense teacher. A tie is
+said to be one: where others are not significantly worse, the sentence counts them.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import pandas as pd
+
+from analysis import names
+from analysis.comparison import measure_titles
+
+Row = Mapping[str, Any]
+
+
+def summary(scores: pd.DataFrame) -> tuple[str, ...]:
+    """One sentence on what was compared, and one per size on who is best there."""
+    if scores.empty:
+        return ("There are no scores in this store yet.",)
+    rows = [{str(key): value for key, value in row.items()} for row in scores.to_dict("records")]
+    measure, title = next(iter(measure_titles(scores).items()))
+    column = [row for row in rows if row["measure"] == measure]
+    sized = [row for row in column if not row["is_dense"] and names.is_number(row["group"])]
+    compressed = [row for row in sized if names.is_number(row["share"]) and row["share"] < 0.995]
+    size = itemgetter("teacher", "group")
+    sentences = [_scope(rows, [row for row in column if row["is_dense"]], title)]
+    sentences += [_best(list(group)) for _, group in groupby(sorted(compressed, key=size), key=size)]
+    return tuple(sentences)
+
+
+def _scope(rows: Sequence[Row], dense: Sequence[Row], title: str) -> str:
+    """What was compared: `7 models against gpt2, dense (124,439,808 parameters; perplexity 29.16 on …)`."""
+    count = len({row["subject"] for row in rows if not row["is_dense"]})
+    models = f"{count} model{'' if count == 1 else 's'}"
+    if not dense:
+        return f"{models} measured on {title}, without a dense reference."
+    teachers = [
+        f"{row['label']} ({names.count(row['parameters'])} parameters; {_measured(row)} on {title})"
+        for row in dense
+    ]
+    return f"{models} against {' and '.join(teachers)}."
+
+
+def _best(group: Sequence[Row]) -> str:
+    """Who leads a size: `At 65.9 % of the parameters kron_vl … is best of 3: perplexity 35.97, …`."""
+    accuracy = group[0]["metric"] == "accuracy"
+    best = max(group, key=itemgetter("value")) if accuracy else min(group, key=itemgetter("value"))
+    ties = [row for row in group if row["is_best"] is True and row is not best]
+    place = "stands alone" if len(group) == 1 else f"is best of {len(group)}"
+    if ties:
+        others = "another is" if len(ties) == 1 else f"{len(ties)} others are"
+        place += f" (but {others} not significantly worse)"
+    kept = (
+        f", {names.share(best['recovery'])} of the dense quality" if names.is_number(best["recovery"]) else ""
+    )
+    return (
+        f"At {names.share(best['share'])} of the parameters {best['label']} {place}: {_measured(best)}{kept}."
+    )
+
+
+def _measured(row: Row) -> str:
+    unit = "accuracy" if row["metric"] == "accuracy" else "perplexity"
+    return f"{unit} {names.quantity(row['value'], row['metric'])}"

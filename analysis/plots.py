@@ -1,0 +1,238 @@
+"""Plots as SVG text: size against quality, loss curves, error per layer.
+
+The palette is Okabe and Ito's, which colour-blind readers can tell apart, and every series has a marker or
+a dash of its own, so that print in grey works too. The same frames give the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from analysis.names import is_number, short_count
+from analysis.stats import pareto_front
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+INK, FAINT = "#1a1a1a", "#d0d0d0"
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "krony",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One model in a size–quality plot."""
+
+    size: float
+    value: float
+    interval: tuple[float, float] | None
+    name: str
+    method: str
+    is_dense: bool
+
+    @staticmethod
+    def of(row: Mapping[str, Any]) -> "Point":
+        """From a row of `scores` that knows its size."""
+        ends = row["low"], row["high"]
+        return Point(
+            size=float(row["parameters"]),
+            value=float(row["value"]),
+            interval=(float(ends[0]), float(ends[1])) if all(map(is_number, ends)) else None,
+            name="teacher" if row["is_dense"] else row["variant"] or row["method"],
+            method="dense teacher" if row["is_dense"] else row["method"],
+            is_dense=bool(row["is_dense"]),
+        )
+
+
+def size_quality(scores: pd.DataFrame) -> str:
+    """One measure: parameters against value, with intervals and the Pareto front; `scores` are its rows."""
+    rows = [row for row in scores.to_dict("records") if is_number(row["parameters"])]
+    if not rows:
+        return ""
+    points = [Point.of({str(key): value for key, value in row.items()}) for row in rows]
+    accuracy = rows[0]["metric"] == "accuracy"
+    methods = sorted({point.method for point in points if not point.is_dense})
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for point in points:
+            number = 0 if point.is_dense else methods.index(point.method)
+            colour = INK if point.is_dense else COLOURS[number % len(COLOURS)]
+            marker = "*" if point.is_dense else MARKERS[number % len(MARKERS)]
+            _draw(axes, point, colour=colour, marker=marker)
+        _front(axes, points, accuracy=accuracy)
+        axes.set_xlabel("parameters, tied, position table included")
+        axes.set_ylabel("accuracy (higher is better)" if accuracy else "perplexity (lower is better)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        _value_scale(axes, [point.value for point in points], accuracy=accuracy)
+        axes.margins(x=0.16, y=0.14)
+        axes.grid(visible=True, which="major")
+        _names(axes, points)
+        _legend(axes)
+        return _svg(figure)
+
+
+def loss_curves(history: pd.DataFrame) -> str:
+    """Validation loss of every run against the tokens it was trained on; training loss behind it, faint."""
+    runs = list(history.groupby(["run", "label"], sort=False))
+    if not runs:
+        return ""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for number, ((_, label), points) in enumerate(runs):
+            colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+            marker = MARKERS[number % len(MARKERS)]
+            trained = points.dropna(subset=["loss"])
+            axes.plot(
+                _floats(trained["tokens"]), _floats(trained["loss"]), color=colour, alpha=0.25, linewidth=0.8
+            )
+            validated = points.dropna(subset=["val_loss"])
+            x, y = _floats(validated["tokens"]), _floats(validated["val_loss"])
+            every = max(1, len(x) // 8)
+            axes.plot(
+                x, y, dash, color=colour, marker=marker, markersize=5, markevery=every, label=str(label)
+            )
+        axes.set_xlabel("tokens of recovery training")
+        axes.set_ylabel("loss (nats per token)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if value else "0"))
+        axes.grid(visible=True)
+        _legend(axes)
+        return _svg(figure)
+
+
+def layer_errors(modules: pd.DataFrame) -> str:
+    """Relative error of every replaced matrix: one map per model, a row per matrix, a column per layer."""
+    known = modules.dropna(subset=["error"])
+    models = list(known.groupby(["init", "label"], sort=False))
+    if not models:
+        return ""
+    low, high = float(known["error"].min()), max(float(known["error"].max()), 1e-9)
+    with rc_context(_STYLE):
+        height = sum(0.62 + 0.34 * rows["matrix"].nunique() for _, rows in models) + 0.3
+        figure = Figure(figsize=(6.8, height), layout="constrained")
+        panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
+        scale = Normalize(low, high)
+        for axes, ((_, label), rows) in zip(panels, models, strict=True):
+            grid = rows.pivot_table(index="matrix", columns="layer", values="error", observed=True).astype(
+                float
+            )
+            axes.imshow(grid.to_numpy(), cmap="cividis", norm=scale, aspect="auto")
+            axes.set_title(str(label), fontsize=10, loc="left")
+            axes.set_xticks(range(grid.shape[1]), [str(layer) for layer in grid.columns], fontsize=9)
+            axes.set_yticks(range(grid.shape[0]), [str(name) for name in grid.index], fontsize=9)
+            _values(axes, grid.to_numpy(), middle=low + 0.4 * (high - low))
+        panels[-1].set_xlabel("layer")
+        bar = figure.colorbar(
+            ScalarMappable(scale, "cividis"), ax=list(panels), shrink=min(1.0, 2.4 / height), pad=0.02
+        )
+        bar.set_label("relative error")
+        return _svg(figure)
+
+
+def _draw(axes: Axes, point: Point, *, colour: str, marker: str) -> None:
+    size = 14 if point.is_dense else 8
+    axes.plot(point.size, point.value, marker, color=colour, markersize=size, label=point.method, zorder=3)
+    if point.interval:
+        axes.vlines(point.size, *point.interval, color=colour, linewidth=1.5, zorder=2)
+
+
+def _front(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> None:
+    """The models that no other beats in both size and quality, joined."""
+    sizes = np.array([point.size for point in points])
+    values = np.array([point.value for point in points])
+    front = pareto_front(sizes, -values if accuracy else values)
+    order = np.argsort(sizes[front])
+    x, y = sizes[front][order], values[front][order]
+    axes.plot(x, y, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label="Pareto front")
+
+
+def _names(axes: Axes, points: Sequence[Point]) -> None:
+    """Names beside the points; of two that would collide, the second goes to the left, others above."""
+    taken: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: (point.size, point.value)):
+        x, y = axes.transData.transform((point.size, point.value))
+        near = sum(abs(y - b) < 14 and abs(x - a) < 110 for a, b in taken)
+        taken.append((x, y))
+        offset, side = {0: ((9, 0), "left"), 1: ((-9, 0), "right")}.get(
+            near, ((0, 5 + 10 * (near - 1)), "center")
+        )
+        axes.annotate(
+            point.name,
+            (point.size, point.value),
+            xytext=offset,
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=9,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+            zorder=4,
+        )
+
+
+def _value_scale(axes: Axes, values: Sequence[float], *, accuracy: bool) -> None:
+    if accuracy:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    elif max(values) > 2.5 * min(values):
+        axes.set_yscale("log")
+        low, high = 0.9 * min(values), 1.1 * max(values)
+        wide = high > 30 * low
+        steps = [
+            step * 10.0**power for power in range(9) for step in ((1, 3) if wide else (1, 1.5, 2, 3, 4, 5, 7))
+        ]
+        ticks = [step for step in steps if low <= step <= high]
+        axes.set_yticks(ticks, [f"{tick:,.6g}" for tick in ticks])
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _values(axes: Axes, grid: np.ndarray[tuple[int, ...], np.dtype[np.float64]], *, middle: float) -> None:
+    """Numbers on a map that has room for them."""
+    if grid.shape[1] > 16:
+        return
+    for (i, j), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            ink = "white" if value < middle else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    columns = 2 if max(map(len, unique)) > 20 else 4
+    axes.figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=columns, fontsize=9)
+
+
+def _floats(column: pd.Series) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return column.to_numpy(dtype=float)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as one `<svg>` element, without date, creator and XML head."""
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = sink.getvalue()
+    return re.sub(r"\s*\n\s*", "\n", text[text.index("<svg") :])

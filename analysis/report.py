@@ -1,0 +1,64 @@
+"""From a store to a report: the verb behind `krony report`, and the table at the end of `krony run`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.comparison import comparison
+from analysis.frames import Frames, load_frames
+from analysis.page import build_page
+from analysis.tables import csv, latex, markdown, terminal
+from pipeline.store.artifacts import Store
+from pipeline.store.location import Location
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What was written, and the table for a terminal."""
+
+    html: Path
+    markdown: Path
+    table: str
+    frames: Frames
+
+    def json(self) -> str:
+        """The scores as a JSON array, one object per cell, with absent values left out."""
+        rows = self.frames.scores.to_dict("records")
+        kept = [{key: value for key, value in row.items() if not pd.isna(value)} for row in rows]
+        return json.dumps(kept, indent=1)
+
+
+def write_report(store: Store | str, out: Path, *, scores: Sequence[str] = ()) -> Report:
+    """Write page, tables and figures of a store into `out`; `scores` limits them to these addresses.
+
+    Never fails for what a store lacks: that is said on the page. The same store gives the same bytes.
+    """
+    opened = store if isinstance(store, Store) else Store(store)
+    frames = load_frames(opened, scores=scores)
+    finished = frames.scores["finished"].dropna()
+    page = build_page(frames, store=opened.root.uri, written=str(max(finished, default="")))
+    table = comparison(frames.scores)
+    place = Location.of(out)
+    contents = {
+        "report.html": page.html(),
+        "report.md": page.markdown(),
+        "comparison.md": markdown(table),
+        "comparison.tex": latex(table),
+        "scores.csv": csv(frames.scores),
+        "history.csv": csv(frames.history),
+        **{f"figures/{figure.key}.svg": figure.svg for figure in page.figures},
+    }
+    for key, text in contents.items():
+        place.put_bytes(key, text.encode())
+    shown = terminal(comparison(frames.scores, layout="brief"))
+    missing = "".join(f"\nmissing   {problem}" for problem in frames.problems)
+    return Report(out / "report.html", out / "report.md", shown + missing, frames)
+
+
+def comparison_table(store: Store | str, *, scores: Sequence[str] = ()) -> str:
+    """The comparison table of a store for a terminal; writes nothing."""
+    opened = store if isinstance(store, Store) else Store(store)
+    return terminal(comparison(load_frames(opened, scores=scores).scores, layout="brief"))

@@ -1,36 +1,40 @@
 """A free order of the hidden units, chosen for what the MLP computes: order and weighted fit together.
 
 One order of the hidden units, the same for both matrices, folds away: no gather, no parameter. Which units
-share a factor is then a choice, and it should be judged by the output error, not by the weights. For the
-up-projection, whose metric acts on the inputs, the best order under fixed factors is a linear assignment. For
-the down-projection the metric couples the units, which is a quadratic assignment: it is majorised around the
-current order by S - C >= 0, S diagonal, which is linear again. S starts at the variances, tau = 1, and grows
-until the true loss falls; at tau = n that is certain. Factors are refitted after every accepted order, so the
-history never rises, and the stored order is among the starts, so the pair is never worse than
-`activation_kron` on each of them.
+share a factor is then a choice, and it should be judged by the output error, not by the weights. Under fixed
+factors the best order is a linear assignment where no metric couples the units, and a quadratic one where one
+does; that is majorised around the current order by a diagonal S = tau diag(C) >= C, which is linear again.
+tau starts at 1 and grows until the true loss falls; at tau = n that is certain. Factors are refitted after
+every accepted order, so the history never rises, and the stored order is among the starts: never worse than
+`activation_kron` on both.
+
+With m2 = 1 the family holds the selection of n1 hidden units with a least-squares refit (`nystrom`) as the
+special case B = (1, 0, ..., 0). The start `selected` begins there, so what structured pruning reaches is a
+lower bound.
 """
 
-# up (m, n) ~ K_u at [:, hidden], metric C_x (m, m) · down (n, m) ~ K_d at [hidden], metric C_h (n, n), shape
-# transposed
+# up (m, n) ~ K_u at [:, hidden], metric C_x (m, m) · down (n, m) ~ K_d at [hidden], metric C_h (n, n)
+# a place of a hidden unit is (group, level), one of n1 groups and n2 levels
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.algebra.activation import activation_kron
-from model.algebra.alternate import DEFAULT_SOLVER, Convergence, Solver, Stopped, WeightedFit
+from model.algebra.alternate import DEFAULT_SOLVER, Convergence, Pair, Solver, Stopped, WeightedFit
 from model.algebra.kron import check_weight
-from model.algebra.permute import minimal_order, norm_split
-from model.algebra.psd import metric_loss
+from model.algebra.nystrom import greedy_keep, refit
+from model.algebra.permute import align_levels, minimal_order, norm_split
+from model.algebra.psd import metric_loss, psd_roots
 from model.algebra.shapes import Gauge, KronShape, check_terms
 from model.config import ModelError
 
-OrderStart = Literal["norm_split", "aligned"]
-"""Units that share an inner index have similar metric norms; or, beyond that, units of a group point the same
-way.
+OrderStart = Literal["norm_split", "aligned", "selected"]
+"""Levels by metric norm; groups that point the same way beyond that; or levels by a greedy selection of
+units.
 """
 
 
@@ -45,7 +49,7 @@ class PermutedActivationPair:
     hidden: Tensor
     """The original unit at each place, (n,), int64."""
     loss: float
-    """weight_up * up.loss + weight_down * down.loss."""
+    """Weighted sum of both losses."""
     convergence: Convergence
     """Which start, how many accepted orders, why it stopped."""
 
@@ -65,8 +69,9 @@ def permuted_activation_kron_pair(
     shape: KronShape,
     *,
     terms: int,
+    unit_metric: Tensor | None = None,
     weights: tuple[float, float] | None = None,
-    starts: Sequence[OrderStart] = ("norm_split", "aligned"),
+    starts: Sequence[OrderStart] = ("norm_split", "aligned", "selected"),
     max_sweeps: int = 10,
     refit_iter: int = 3,
     solver: Solver = DEFAULT_SOLVER,
@@ -74,32 +79,25 @@ def permuted_activation_kron_pair(
 ) -> PermutedActivationPair:
     """Kronecker sums of `up` (m, n) and `down` (n, m) with low output error, in the best hidden order found.
 
-    `weights` say what the two losses are worth; by default each counts relative to its energy. The stored
-    order is always tried as well. A sweep is one new order and `refit_iter` iterations of both fits, which go
-    on from where they are. Raises ModelError for matrices or metrics that do not fit the shape.
+    `weights` say what the two losses are worth; by default each counts relative to its energy. `unit_metric`
+    (n, n) is an output metric of `up`: what an error of the pre-activations costs; it needs m2 = 1 or m1 = 1.
+    The stored order is always tried as well. A sweep is one new order and `refit_iter` iterations of both
+    fits. Raises ModelError for matrices or metrics that do not fit the shape.
     """
-    check_weight(up, shape)
-    check_weight(down, shape.transposed())
     check_terms(shape, terms)
     if max_sweeps < 0 or refit_iter < 1:
         raise ModelError(f"max_sweeps={max_sweeps} must not be negative, refit_iter={refit_iter} at least 1")
-    problem = _Problem(
-        up=up.detach().double(),
-        down=down.detach().double(),
-        input_metric=_symmetric(input_metric, shape.rows),
-        hidden_metric=_symmetric(hidden_metric, shape.cols),
-        shape=shape,
-        terms=terms,
-        weights=(1.0, 1.0),
-        solver=solver,
-        refit=replace(solver, max_iter=refit_iter),
-        gauge=gauge,
+    sides = (
+        _Side.of(up, shape, input_metric, unit_metric),
+        _Side.of(down, shape.transposed(), None, hidden_metric),
     )
-    problem = replace(problem, weights=weights if weights is not None else problem.relative_weights())
+    if weights is not None:
+        sides = replace(sides[0], share=weights[0]), replace(sides[1], share=weights[1])
+    problem = _Problem(*sides, terms, solver, replace(solver, max_iter=refit_iter), gauge)
     best: PermutedActivationPair | None = None
     by_start: list[tuple[str, float]] = []
-    for name, hidden in problem.starts(starts).items():
-        found = problem.improve(name, hidden, max_sweeps=max_sweeps)
+    for name, start in problem.starts(starts).items():
+        found = problem.improve(name, start, max_sweeps=max_sweeps)
         by_start.append((name, found.loss))
         if best is None or found.loss < best.loss:
             best = found
@@ -107,7 +105,82 @@ def permuted_activation_kron_pair(
     return replace(best, convergence=replace(best.convergence, by_start=tuple(by_start)))
 
 
-def _symmetric(metric: Tensor, size: int) -> Tensor:
+class _Start(NamedTuple):
+    """An order, and factors to go on from in it beside the usual ones."""
+
+    hidden: Tensor
+    up: Pair | None = None
+    down: Pair | None = None
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two matrices: how it is fitted in an order, and what a change of order costs."""
+
+    weight: Tensor
+    shape: KronShape
+    residual: Tensor | None  # metric of the residual side: C_x of the up-projection
+    root: Tensor | None  # its root
+    coupling: Tensor | None  # metric over the hidden units: C_h of the down-projection
+    units: Tensor  # one row per hidden unit, (n, m), the root of the residual metric taken in
+    share: float
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, shape: KronShape, residual: Tensor | None, coupling: Tensor | None
+    ) -> "_Side":
+        """A side whose loss counts relative to its energy; with a residual metric it is the up-projection."""
+        check_weight(weight, shape)
+        weight = weight.detach().double()
+        width, count = weight.shape if residual is not None else weight.shape[::-1]
+        residual, coupling = _checked(residual, width), _checked(coupling, count)
+        root = None if residual is None else psd_roots(residual).root
+        units = weight if root is None else (root @ weight).T
+        energy = metric_loss(units, input_metric=coupling)
+        return cls(weight, shape, residual, root, coupling, units, 1 / energy if energy > 0 else 1.0)
+
+    def fit(
+        self, hidden: Tensor, warm: Pair | None, problem: "_Problem", *, from_scratch: bool
+    ) -> WeightedFit:
+        """The activation-weighted fit in an order: the usual starts and `warm`, or a few steps from it."""
+        coupling = None if self.coupling is None else self.coupling[hidden][:, hidden]
+        if self.residual is not None:
+            weight, metric, output = self.weight[:, hidden], self.residual, coupling
+        else:
+            assert coupling is not None
+            weight, metric, output = self.weight[hidden], coupling, None
+        return activation_kron(
+            weight,
+            metric,
+            self.shape,
+            terms=problem.terms,
+            output_metric=output,
+            starts=("vl", "kron_gram") if from_scratch else (),
+            warm=warm,
+            solver=problem.solver if from_scratch else problem.refit,
+            gauge=problem.gauge,
+        )
+
+    def view(self, fit: WeightedFit) -> Tensor:
+        """The fit as one row per place, like `units`."""
+        return fit.dense() if self.root is None else (self.root @ fit.dense()).T
+
+    def affinity(self) -> Tensor:
+        """Inner products of the scaled units, (n, n)."""
+        scaled = self.scaled()
+        return scaled @ scaled.T
+
+    def scaled(self) -> Tensor:
+        """The units with the share and the diagonal of the coupling taken in, (n, m)."""
+        size = torch.full_like(self.units[:, 0], self.share)
+        if self.coupling is not None:
+            size = size * self.coupling.diagonal().clamp_min(0)
+        return size.sqrt()[:, None] * self.units
+
+
+def _checked(metric: Tensor | None, size: int) -> Tensor | None:
+    if metric is None:
+        return None
     if tuple(metric.shape) != (size, size) or not bool(torch.isfinite(metric).all()):
         raise ModelError(f"metric {tuple(metric.shape)}: need a finite {size}x{size} matrix")
     metric = metric.detach().double()
@@ -115,92 +188,102 @@ def _symmetric(metric: Tensor, size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """Two matrices, their metrics, and how they are fitted."""
+class _Move:
+    """What new places cost one side while its factors stay: exact to evaluate, majorised to minimise."""
 
-    up: Tensor
-    down: Tensor
-    input_metric: Tensor
-    hidden_metric: Tensor
-    shape: KronShape
+    units: Tensor
+    fitted: Tensor
+    coupling: Tensor | None
+    share: float
+    before: float
+    fixed: Tensor  # cost[i, j] of giving the unit at place j the row i of the fit, (n, n)
+    curve: Tensor | None  # what tau multiplies
+
+    @classmethod
+    def of(cls, side: _Side, hidden: Tensor, fit: WeightedFit) -> "_Move":
+        """Linearise the loss of a side around an order."""
+        units, fitted = side.units[hidden], side.view(fit)
+        coupling = None if side.coupling is None else side.coupling[hidden][:, hidden]
+        rest = units - fitted
+        pull = rest if coupling is None else coupling @ rest
+        fixed = -2 * side.share * (fitted @ pull.T)
+        curve = side.share * (fitted.square().sum(dim=1)[:, None] - 2 * (fitted @ fitted.T))
+        before = side.share * float((rest * pull).sum())
+        if coupling is None:  # nothing couples the units: the expansion is exact as it stands
+            return cls(units, fitted, None, side.share, before, fixed + curve, None)
+        curve = curve * coupling.diagonal().clamp_min(0)
+        return cls(units, fitted, coupling, side.share, before, fixed, curve)
+
+    def after(self, order: Tensor) -> float:
+        """The loss of this side when place i holds the unit that is now at place order[i]."""
+        rest = torch.empty_like(self.units)
+        rest[order] = self.units[order] - self.fitted
+        return self.share * metric_loss(rest, input_metric=self.coupling)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Both sides and how they are solved."""
+
+    up: _Side
+    down: _Side
     terms: int
-    weights: tuple[float, float]
     solver: Solver
     refit: Solver
     gauge: Gauge
 
-    def relative_weights(self) -> tuple[float, float]:
-        """Each loss counts as a share of its energy."""
-        energies = (
-            metric_loss(self.up, input_metric=self.input_metric),
-            metric_loss(self.down, input_metric=self.hidden_metric),
-        )
-        up, down = (1.0 / energy if energy > 0 else 1.0 for energy in energies)
-        return up, down
-
-    def affinity(self) -> Tensor:
-        """Inner products of the units in the metrics, (n, n), the hidden metric taken as its diagonal."""
-        spread = self.hidden_metric.diagonal().clamp_min(0).sqrt()[:, None] * self.down
-        up, down = self.weights
-        return up * (self.up.T @ (self.input_metric @ self.up)) + down * (spread @ spread.T)
-
-    def starts(self, names: Sequence[OrderStart]) -> dict[str, Tensor]:
+    def starts(self, names: Sequence[OrderStart]) -> dict[str, _Start]:
         """The stored order and the named ones, where the order matters at all."""
-        groups, size = self.shape.n1, self.shape.n2
-        orders = {"identity": torch.arange(self.shape.cols, device=self.up.device)}
-        if groups == 1 or size == 1 or not names:
-            return orders
-        affinity = self.affinity()
-        split = norm_split(affinity.diagonal(), outer=groups, inner=size)
+        groups, levels = self.up.shape.n1, self.up.shape.n2
+        starts = {"identity": _Start(torch.arange(groups * levels, device=self.up.weight.device))}
+        if groups == 1 or levels == 1 or not names:
+            return starts
+        affinity = self.up.affinity() + self.down.affinity()
+        split = norm_split(affinity.diagonal(), outer=groups, inner=levels).reshape(groups, levels)
         for name in names:
-            orders[name] = split if name == "norm_split" else _align(affinity, split.reshape(groups, size))
-        return orders
+            if name == "norm_split":
+                starts[name] = _Start(split.reshape(-1))
+            elif name == "aligned":
+                starts[name] = _Start(_align(affinity, split))
+            else:
+                starts[name] = self.selected(affinity)
+        return starts
 
-    def fit(
-        self, hidden: Tensor, warm: tuple[WeightedFit, WeightedFit] | None = None
-    ) -> tuple[WeightedFit, WeightedFit]:
-        """Both fits in an order; from scratch, or a few iterations on from `warm`."""
-        up_warm, down_warm = (None, None) if warm is None else ((f.left, f.right) for f in warm)
-        up = activation_kron(
-            self.up[:, hidden],
-            self.input_metric,
-            self.shape,
-            terms=self.terms,
-            starts=("vl", "kron_gram") if warm is None else (),
-            warm=up_warm,
-            solver=self.solver if warm is None else self.refit,
-            gauge=self.gauge,
-        )
-        down = activation_kron(
-            self.down[hidden],
-            self.hidden_metric[hidden][:, hidden],
-            self.shape.transposed(),
-            terms=self.terms,
-            starts=("vl", "kron_gram") if warm is None else (),
-            warm=down_warm,
-            solver=self.solver if warm is None else self.refit,
-            gauge=self.gauge,
-        )
-        return up, down
+    def selected(self, affinity: Tensor) -> _Start:
+        """Levels from a greedy selection; for m2 = 1 also the factors of that selection with its refit."""
+        shape, metric = self.up.shape, self.down.coupling
+        assert metric is not None
+        keep = greedy_keep(metric, self.down.weight, self.terms * shape.n1)
+        others = torch.ones(shape.cols, dtype=torch.bool, device=keep.device)
+        others[keep] = False
+        rest = torch.nonzero(others).flatten()
+        rest = rest[torch.argsort(affinity.diagonal()[rest], descending=True, stable=True)]
+        hidden = _align(affinity, torch.cat([keep, rest]).reshape(shape.n2, shape.n1).T)
+        if shape.m2 > 1:
+            return _Start(hidden)
+        keep = hidden.reshape(shape.n1, shape.n2)[:, : self.terms].T.reshape(-1)  # (terms * n1,)
+        pick = torch.eye(shape.n2, dtype=torch.float64, device=keep.device)[: self.terms]
+        new = refit(metric, keep, self.down.weight).reshape(self.terms, shape.n1, shape.m1)
+        kept = self.up.weight[:, keep].reshape(shape.m1, self.terms, shape.n1).permute(1, 0, 2)
+        return _Start(hidden, (kept, pick[:, None, :]), (new, pick[:, :, None]))
 
-    def total(self, up: float, down: float) -> float:
-        """The weighted sum of two losses."""
-        return self.weights[0] * up + self.weights[1] * down
-
-    def improve(self, name: str, hidden: Tensor, *, max_sweeps: int) -> PermutedActivationPair:
+    def improve(self, name: str, start: _Start, *, max_sweeps: int) -> PermutedActivationPair:
         """Alternate order and refit from one start."""
-        up, down = self.fit(hidden)
-        history, tau = [self.total(up.loss, down.loss)], 1.0
+        hidden = start.hidden
+        up = self.up.fit(hidden, start.up, self, from_scratch=True)
+        down = self.down.fit(hidden, start.down, self, from_scratch=True)
+        history, tau = [self.total(up, down)], 1.0
         stopped: Stopped = "max_iter"
-        matters = self.shape.n1 > 1 and self.shape.n2 > 1
+        matters = min(self.up.shape.n1, self.up.shape.n2) > 1
         for _ in range(max_sweeps if matters else 0):
             found = self.better_order(hidden, up, down, tau=tau)
-            if found is None:
-                stopped = "converged"
-                break
-            new_hidden, tau = found
-            new_up, new_down = self.fit(new_hidden, warm=(up, down))
-            now = self.total(new_up.loss, new_down.loss)
+            if found is not None:
+                new_hidden, tau = found
+            else:
+                new_hidden = self.regrouped(hidden, up, down)
+            new_up = self.up.fit(new_hidden, (up.left, up.right), self, from_scratch=False)
+            new_down = self.down.fit(new_hidden, (down.left, down.right), self, from_scratch=False)
+            now = self.total(new_up, new_down)
             if not now < history[-1]:
                 stopped = "no_descent"
                 break
@@ -212,32 +295,29 @@ class _Problem:
         how = Convergence(name, tuple(history), stopped, ())
         return PermutedActivationPair(up, down, hidden, history[-1], how)
 
+    def total(self, up: WeightedFit, down: WeightedFit) -> float:
+        """The weighted sum of both losses."""
+        return self.up.share * up.loss + self.down.share * down.loss
+
+    def regrouped(self, hidden: Tensor, up: WeightedFit, down: WeightedFit) -> Tensor:
+        """A proposal: regroup level by level, the couplings as their diagonals; its worth shows later."""
+        sides = (self.up.scaled(), _unit_terms(up.right)), (self.down.scaled(), _unit_terms(down.right.mT))
+        return align_levels(hidden, sides, groups=self.up.shape.n1)
+
     def better_order(
         self, hidden: Tensor, up: WeightedFit, down: WeightedFit, *, tau: float
     ) -> tuple[Tensor, float] | None:
         """An order that lowers the loss at fixed factors, and its tau; None if none is proposed."""
-        fitted_up, fitted = up.dense(), down.dense()
-        linear = (
-            -2 * fitted_up.T @ (self.input_metric @ self.up[:, hidden])
-        )  # (n, n): place i, unit at place j
-        metric = self.hidden_metric[hidden][:, hidden]
-        rest = self.down[hidden] - fitted
-        pull, spread = metric @ rest, metric.diagonal().clamp_min(0)
-        inner, sizes = fitted @ fitted.T, fitted.square().sum(dim=1)
-        base = self.weights[0] * linear - 2 * self.weights[1] * (fitted @ pull.T)
-        curve = self.weights[1] * spread * (sizes[:, None] - 2 * inner)
-        before_up = self.weights[0] * float(linear.diagonal().sum())
-        before_down = self.weights[1] * float((rest * pull).sum())
+        moves = _Move.of(self.up, hidden, up), _Move.of(self.down, hidden, down)
+        fixed = moves[0].fixed + moves[1].fixed
+        curve = torch.stack([move.curve for move in moves if move.curve is not None]).sum(dim=0)
+        before = sum(move.before for move in moves)
         places = torch.arange(len(hidden), device=hidden.device)
         while True:
-            order = minimal_order(base + tau * curve)
+            order = minimal_order(fixed + tau * curve)
             if torch.equal(order, places):
                 return None
-            moved = rest.clone()
-            moved[order] = self.down[hidden][order] - fitted
-            after_down = self.weights[1] * metric_loss(moved, input_metric=metric)
-            after_up = self.weights[0] * float(linear[places, order].sum())
-            if after_up + after_down < before_up + before_down:
+            if sum(move.after(order) for move in moves) < before:
                 return hidden[order], tau
             if tau > len(hidden):  # descent is certain here; what is left is rounding
                 return None
@@ -245,9 +325,15 @@ class _Problem:
 
 
 def _align(affinity: Tensor, split: Tensor) -> Tensor:
-    """Within each norm level of `split` (groups, size), give every group the unit most like those it has."""
-    groups = [split[:, 0]]
+    """Keep the levels of `split` (groups, levels); give every group the units most like those it has."""
+    chosen = split[:, :1]
     for level in split.T[1:]:
-        likeness = torch.stack([affinity[members][:, level] for members in groups]).sum(dim=0)
-        groups.append(level[minimal_order(-likeness)])
-    return torch.stack(groups, dim=1).reshape(-1)
+        likeness = torch.stack([affinity[members][:, level] for members in chosen.T]).sum(dim=0)
+        chosen = torch.cat([chosen, level[minimal_order(-likeness)][:, None]], dim=1)
+    return chosen.reshape(-1)
+
+
+def _unit_terms(right: Tensor) -> Tensor:
+    """An orthonormal basis of the span of the second factors, (r, a, b)."""
+    basis: Tensor = torch.linalg.qr(right.flatten(1).T).Q
+    return basis.T.reshape(right.shape)

@@ -11,6 +11,7 @@ import pytest
 from pipeline.data.tokenizer import read_gpt2
 from pipeline.errors import EvaluateError
 from pipeline.evaluate import texts
+from pipeline.evaluate.lambada import passages
 from pipeline.evaluate.protocols import PROTOCOLS
 from pipeline.evaluate.sequences import encode_text
 from pipeline.evaluate.texts import JOINT, TEXTS, Text, TextSource, read_hub_rows, read_text, word_counts
@@ -132,3 +133,14 @@ def test_wikitext_2_and_103_are_one_text_with_more_unknowns(real):
 def test_lambada_has_5153_passages(real):
     assert len(read_text("lambada", real / "eval").rows) == 5_153
     assert len(read_text("lambada-openai", real / "eval").rows) == 5_153
+
+
+@pytest.mark.parametrize("name", ["lambada", "lambada-openai"])
+def test_every_real_passage_has_a_last_word_after_a_context(real, name):
+    encoding = read_gpt2(real / "tokenizer/gpt2")
+    text = read_text(name, real / "eval")
+    items = passages(text, encoding, window=1024)
+    assert len(items) == 5_153
+    for item, row in zip(items[:200], text.rows, strict=False):
+        assert encoding.decode(list(item.ids)) == row
+        assert encoding.decode(list(item.ids[-item.targets :])) == " " + row.rsplit(" ", 1)[1]

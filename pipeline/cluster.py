@@ -29,9 +29,11 @@ SWITCHES: Mapping[str, str] = {
     "RAY_worker_niceness": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 by default; each report and each end waits for it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+START_ATTEMPTS = 3
 WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMMIT", "AWS_ENDPOINT_URL")
 """Variables of the driver that workers must see too, if they are set."""
 
@@ -122,16 +124,15 @@ def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator
     if not quiet:
         say("ray", "starting a private local Ray")
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=300 * 2**20,
-            runtime_env=runtime_env(),
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(temp),
-        )
+        for attempt in range(1, START_ATTEMPTS + 1):
+            if _started(ray, temp / str(attempt), num_cpus):
+                break
+            say("ray", f"did not come up within 30 s (attempt {attempt} of {START_ATTEMPTS})")
+        else:
+            raise PreflightError(
+                "a private local Ray did not come up; the machine is too busy: free some CPU or memory, or "
+                "join a cluster with RAY_ADDRESS"
+            )
         # Ray Train's clean-up reaches the cluster by this variable; without it an early stop can hang.
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         yield ray
@@ -143,6 +144,27 @@ def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator
             else:
                 os.environ[name] = value
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _started(ray: "ModuleType", temp: Path, num_cpus: int | None) -> bool:
+    """Start a local Ray; False if it was too slow for the 30 seconds that Ray itself allows its raylet."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=300 * 2**20,
+            runtime_env=runtime_env(),
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(temp),
+        )
+    except Exception as err:  # Ray raises a bare Exception here
+        if "timed out during startup" not in str(err):
+            raise
+        ray.shutdown()
+        return False
+    return True
 
 
 def require_resources(ray: "ModuleType", *, cpus: float, gpus: float, what: str) -> None:

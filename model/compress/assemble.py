@@ -2,6 +2,7 @@
 
 import torch
 
+from model.algebra.psd import metric_loss
 from model.compress.contract import ModuleReport, Plan
 from model.config import ModelError
 from model.gpt2 import GPT2
@@ -32,13 +33,32 @@ def transplant(model: GPT2, plan: Plan) -> GPT2:
 
 
 def report_module(
-    fresh: GPT2, name: str, weight: torch.Tensor, *, predicted_error: float | None, **details: float
+    fresh: GPT2,
+    name: str,
+    weight: torch.Tensor,
+    *,
+    predicted_error: float | None,
+    metric: str = "frobenius",
+    input_metric: torch.Tensor | None = None,
+    output_metric: torch.Tensor | None = None,
+    bias_error: float = 0.0,
+    **details: float,
 ) -> ModuleReport:
-    """The report of one replaced matrix in the Frobenius metric; `weight` (n_in, n_out) is what was there."""
+    """The report of one replaced matrix; `weight` (n_in, n_out) is what was there.
+
+    Errors are tr(G D^T C D) of the weights as stored, in the given metrics (default: the identity), plus
+    `bias_error`, what a corrected bias leaves. Outside the Frobenius metric `frobenius_kept` says what is
+    kept in that one, so that methods can be compared.
+    """
     layer = fresh.site(name)
     weight = weight.detach().double()
-    energy = float(weight.square().sum())
-    achieved = float((layer.weight_matrix().detach().double() - weight).square().sum())
+    difference = layer.weight_matrix().detach().double() - weight
+    energy = metric_loss(weight, input_metric=input_metric, output_metric=output_metric)
+    achieved = metric_loss(difference, input_metric=input_metric, output_metric=output_metric) + bias_error
+    if input_metric is not None or output_metric is not None:
+        details["frobenius_kept"] = _kept(
+            float(difference.square().sum()), energy=float(weight.square().sum())
+        )
     return ModuleReport(
         name=name,
         structure=layer.matrix.describe(),
@@ -48,7 +68,12 @@ def report_module(
         rank_bound=layer.cost.rank_bound,
         energy=energy,
         achieved_error=achieved,
-        energy_kept=1.0 - achieved / energy if energy > 0 else 1.0,
+        energy_kept=_kept(achieved, energy=energy),
         predicted_error=predicted_error,
+        metric=metric,
         details=details,
     )
+
+
+def _kept(error: float, *, energy: float) -> float:
+    return 1.0 - error / energy if energy > 0 else 1.0

@@ -5,9 +5,9 @@ a weight is touched, `compress` fills it. A plan is pure and loads no torch; a r
 its prediction, module by module.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from model.config import ModelError, ModelSpec, Site
 
@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from model.compress.budget import Budget
     from model.gpt2 import GPT2
 
+Gains = Mapping[str, tuple[float, ...]]
+"""By module name: how much each further unit (a rank, a term) lowers the loss, descending."""
+
+
+class Unmeasured(ModelError):
+    """A plan depends on statistics or weights that were not given; with them it can be made."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatsSpec:
-    """What a method must be given, by module name. The runner collects the union of all methods once."""
+    """What a method must be given, by module name; a recipe's `needs` are the names of these fields."""
 
     gram: frozenset[str] = frozenset()
     """Sum of x^T x, of x, and the token count, of a module's input."""
@@ -46,10 +53,24 @@ class StatsSpec:
     block_influence: bool = False
     """How much each block turns the residual stream."""
 
+    @classmethod
+    def everywhere(cls, needs: Iterable[str], arch: ModelSpec) -> Self:
+        """`needs` at every weight matrix: what is collected, so that methods with equal needs share it."""
+        known = {item.name: item.type for item in fields(cls)}
+        sites = frozenset(site.name for site in arch.sites())
+        if odd := sorted(set(needs) - set(known)):
+            raise ModelError(f"{odd[0]!r} is no statistic; choose from {', '.join(known)}")
+        return cls(**{name: True if known[name] is bool else sites for name in needs})  # type: ignore[arg-type]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the fields that ask for something, sorted."""
+        return tuple(sorted(item.name for item in fields(self) if getattr(self, item.name)))
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing has to be measured."""
-        return not any(getattr(self, item.name) for item in fields(self))
+        return not self.needs
 
     def __or__(self, other: "StatsSpec") -> "StatsSpec":
         merged: dict[str, Any] = {
@@ -72,10 +93,10 @@ class Stats:
     """By `field/module`, such as `gram/h.0.mlp.c_fc`."""
 
     def mean(self, key: str) -> "Tensor":
-        """Sum per token; ModelError if it was not collected."""
+        """Sum per token, or per sequence for a Fisher; ModelError if it was not collected."""
         if key not in self.sums:
             raise ModelError(f"statistics hold no {key!r}; collect them again for this method")
-        return self.sums[key] / self.tokens
+        return self.sums[key] / (self.sequences if "_fisher/" in key else self.tokens)
 
     def __add__(self, other: "Stats") -> "Stats":
         if set(self.sums) != set(other.sums):
@@ -234,13 +255,29 @@ class CompressionMethod(Protocol):
         ...
 
     def plan(self, arch: ModelSpec, budget: "Budget", stats: Stats | None = None) -> Plan:
-        """Structure and exact count; ModelError names the nearest settings that keep the budget."""
+        """Structure and exact count; ModelError names the nearest settings that keep the budget.
+
+        Raises Unmeasured where the structure follows from statistics or weights that are not given.
+        """
         ...
 
     def compress(
         self, model: "GPT2", plan: Plan, stats: Stats | None = None, *, seed: int
     ) -> CompressedModel:
         """Fill the plan. Leaves `model` as it is; equal input and seed give equal bytes."""
+        ...
+
+
+@runtime_checkable
+class GainMethod(CompressionMethod, Protocol):
+    """A method that can spread a budget by what each unit gains, which the weights decide."""
+
+    def gains(self, model: "GPT2", stats: Stats | None = None) -> Gains:
+        """What every further unit gains at each matrix that would be replaced."""
+        ...
+
+    def plan_by_gain(self, arch: ModelSpec, budget: "Budget", gains: Gains) -> Plan:
+        """As `plan`, with the best gain per parameter taken first."""
         ...
 
 

@@ -3,14 +3,23 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model.compress.contract import CompressionMethod
+from model.compress.budget import Budget
+from model.compress.contract import CompressionMethod, GainMethod, Plan, Stats
 from model.compress.controls import DenseMethod, RandomInitMethod
 from model.compress.kronecker import KronPruneMethod, KronVLMethod
+from model.compress.low_rank import LowRankMethod
 from model.compress.recipe import MethodRecipe
+from model.gpt2 import GPT2
 
 METHODS: Mapping[str, Callable[[Any], CompressionMethod]] = {
     "kron_vl": KronVLMethod,
     "kron_prune": KronPruneMethod,
+    "svd": LowRankMethod,
+    "fwsvd": LowRankMethod,
+    "asvd": LowRankMethod,
+    "svdllm": LowRankMethod,
+    "svdllm_bc": LowRankMethod,
+    "kfac_svd": LowRankMethod,
     "random_init": RandomInitMethod,
     "dense": DenseMethod,
 }
@@ -19,3 +28,10 @@ METHODS: Mapping[str, Callable[[Any], CompressionMethod]] = {
 def make_method(recipe: MethodRecipe) -> CompressionMethod:
     """The method that a recipe names, with its settings inside."""
     return METHODS[recipe.name](recipe)
+
+
+def make_plan(method: CompressionMethod, model: GPT2, budget: Budget, stats: Stats | None = None) -> Plan:
+    """The plan for a model at hand: also where the ranks follow from the weights (`greedy_gain`)."""
+    if budget.allocate == "greedy_gain" and isinstance(method, GainMethod):
+        return method.plan_by_gain(model.spec, budget, method.gains(model, stats))
+    return method.plan(model.spec, budget, stats)

@@ -82,7 +82,8 @@ def measure_titles(scores: pd.DataFrame) -> dict[str, str]:
     rows = {row["measure"]: row for row in scores.to_dict("records")}
     ids = [row["protocol"] for row in rows.values()]
     return {
-        measure: row["protocol"] + (f" ({row['tokens']:,} tokens)" if ids.count(row["protocol"]) > 1 else "")
+        measure: row["protocol"]
+        + (f" ({names.count(row['tokens'])} tokens)" if ids.count(row["protocol"]) > 1 else "")
         for measure, row in sorted(rows.items())
     }
 
@@ -100,7 +101,7 @@ def _row(
 ) -> tuple[Cell, ...]:
     row = next(iter(cells.values()))
     marks = "".join(mark for mark in marks_of(cells.values()) if mark not in common)
-    variant = _or(row["variant"], "teacher" if row["is_dense"] else "")
+    variant = "teacher" if row["is_dense"] else row["variant"]
     training = names.MISSING if row["is_dense"] else trained_on(row)
     krony = names.count(row["krony_parameters"])
     small = layout == "page"
@@ -143,7 +144,3 @@ def interval_text(row: dict[str, Any]) -> str:
 
 def _first(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, Any]:
     return next(row for row in rows if row["measure"] == measure)
-
-
-def _or(value: Any, otherwise: str) -> str:
-    return value if isinstance(value, str) and value else otherwise

@@ -43,7 +43,9 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
     paths: list[tuple[Record, Lineage]] = []
     for record in wanted:
         lineage = graph.lineage(record)
-        if lineage is None:
+        if not names.is_number(record.metrics.get("value")):
+            problems.append(f"{record.address}: its record holds no value")
+        elif lineage is None:
             problems.append(f"{record.address}: the model it scored has no record")
         else:
             paths.append((record, lineage))

@@ -20,6 +20,8 @@ def method_label(method: Mapping[str, Any], *, n_embd: int | None) -> str:
     name = str(method.get("name", "?"))
     if name == "dense":
         return "dense, trained further"
+    if isinstance(method.get("of"), Mapping):
+        return f"{name} of {method_label(method['of'], n_embd=n_embd)}"
     if "shape" not in method:
         return name
     m1, n1 = method["shape"]
@@ -27,6 +29,8 @@ def method_label(method: Mapping[str, Any], *, n_embd: int | None) -> str:
     if n_embd and n_embd % m1 == 0 and 4 * n_embd % n1 == 0:
         second = f"⊗({n_embd // m1}×{4 * n_embd // n1})"
     terms = f" r={method['terms']}" if "terms" in method else ""
+    if method.get("layer_shapes"):
+        return f"{name} shapes by block{terms}"
     return f"{name} ({m1}×{n1}){second}{terms}"
 
 

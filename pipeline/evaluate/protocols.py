@@ -46,8 +46,8 @@ class Protocol:
     text: str
     """Name of the evaluation text (`texts.TEXTS`), or `VALIDATION`."""
 
-    description: str
-    """One sentence for the page."""
+    about: str
+    """One sentence for the page, with `{window}` and `{stride}` where they are said."""
 
     version: int = 1
     """Raised when the meaning changes."""
@@ -74,39 +74,33 @@ class Protocol:
     """Published value of dense GPT-2, where one exists."""
 
     @property
-    def lower_is_better(self) -> bool:
-        """Which way is up."""
-        return self.metric == "perplexity"
+    def description(self) -> str:
+        """One sentence for the page."""
+        return self.about.format(window=f"{self.window:,}", stride=f"{self.stride:,}")
 
     def at_context(self, n_ctx: int) -> "Protocol":
         """The protocol for a model that sees `n_ctx` tokens: itself, or its `@ctx` variant."""
         if n_ctx >= self.window:
             return self
-        plain = self.description.removesuffix(".")
         return replace(
             self,
             id=f"{self.id.split('@ctx')[0]}@ctx{n_ctx}",
             window=n_ctx,
             stride=max(1, self.stride * n_ctx // self.window),
-            description=f"{plain}; windows of {n_ctx:,} tokens, the context of the model.",
             gate=None,
         )
 
 
-_KRONY = (
-    "Test split of {text}, rows joined by a blank line, no BOS; windows of 1,024 tokens without overlap, "
-    "{edge}; exp of the unweighted mean of the window means (Krony-PT)."
-)
-_INSIDE = "the first token of each window never scored"
-_SHIFTED = "targets shifted across the window edge"
-
-
 def _krony(name: str, *, text: str, title: str, tokens: int, gate: float) -> tuple[Protocol, Protocol]:
     """A Krony-PT protocol and its `@shifted` variant, which the original selects checkpoints with."""
+    about = (
+        f"Test split of {title}, rows joined by a blank line, no BOS; windows of {{window}} tokens without "
+        "overlap, {edge}; exp of the unweighted mean of the window means (Krony-PT)."
+    )
     plain = Protocol(
         id=f"krony/{name}",
         text=text,
-        description=_KRONY.format(text=title, edge=_INSIDE),
+        about=about.replace("{edge}", "the first token of each window never scored"),
         weighting="windows",
         gpt2_tokens=tokens,
         gate=Gate(value=gate, tolerance=0.05, source="Krony-PT README; arXiv 2412.12351v2 Table V"),
@@ -115,7 +109,7 @@ def _krony(name: str, *, text: str, title: str, tokens: int, gate: float) -> tup
         plain,
         id=f"krony/{name}@shifted",
         targets="shifted",
-        description=_KRONY.format(text=title, edge=_SHIFTED),
+        about=about.replace("{edge}", "targets shifted across the window edge"),
         gate=None,
     )
     return plain, shifted
@@ -125,7 +119,7 @@ def _last_word(name: str, *, text: str, title: str, gate: Gate | None) -> Protoc
     return Protocol(
         id=f"lambada/{name}_last_word",
         text=text,
-        description=f"{title}: share of 5,153 passages whose last word is the greedy continuation (lm-eval).",
+        about=f"{title}: share of 5,153 passages whose last word is the greedy continuation (lm-eval).",
         metric="accuracy",
         targets="last-word",
         weighting="passages",
@@ -140,14 +134,14 @@ _ALL: tuple[Protocol, ...] = (
     Protocol(
         id="raw/wt2@1024",
         text="wikitext-2-raw-v1",
-        description="Test split of raw WikiText-2, token-weighted, windows of 1,024 tokens without overlap.",
+        about="Test split of raw WikiText-2, token-weighted, windows of {window} tokens without overlap.",
         gpt2_tokens=287_644,
         gate=Gate(value=29.9, tolerance=0.1, source="Sparsebit issue 125 reports 29.96"),
     ),
     Protocol(
         id="raw/wt2@512",
         text="wikitext-2-raw-v1",
-        description="Test split of raw WikiText-2, token-weighted, windows of 1,024 tokens at stride 512; "
+        about="Test split of raw WikiText-2, token-weighted, windows of {window} tokens at stride {stride}; "
         "the overlap is context only.",
         stride=512,
         gpt2_tokens=287_644,
@@ -155,7 +149,7 @@ _ALL: tuple[Protocol, ...] = (
     Protocol(
         id="corpus/val",
         text=VALIDATION,
-        description="Validation split of the training corpus, token-weighted, windows of 1,024 tokens; "
+        about="Validation split of the training corpus, token-weighted, windows of {window} tokens; "
         "every token but the first is scored once.",
         targets="shifted",
     ),

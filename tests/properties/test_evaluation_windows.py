@@ -36,7 +36,7 @@ MODEL = Prefix()
 
 def protocol(**changes: object) -> Protocol:
     return Protocol(
-        **{"id": "test", "text": "t", "description": "A test.", "window": 8, "stride": 8} | changes
+        **{"id": "test", "text": "t", "about": "A test.", "window": 8, "stride": 8} | changes
     )
 
 

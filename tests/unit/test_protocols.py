@@ -37,6 +37,8 @@ def test_a_shorter_context_is_another_protocol():
     short = plain.at_context(256)
     assert short.id == "krony/wt103@ctx256"
     assert (short.window, short.stride, short.gate) == (256, 256, None)
+    assert "windows of 256 tokens" in short.description
+    assert "1,024" not in short.description
     assert get_protocol("krony/wt103@ctx256") == short
     assert get_protocol("raw/wt2@512").at_context(256).stride == 128
     assert short.at_context(64).id == "krony/wt103@ctx64"

@@ -264,6 +264,15 @@ def test_a_damaged_history_costs_its_curve_alone(broken, tmp_path):
     write_report(broken, tmp_path / "out")
 
 
+def test_a_record_of_another_time_is_named(broken):
+    address = broken.records("scores")[0].address
+    path = Path(broken.root.uri) / address / "record.json"
+    record = json.loads(path.read_text())
+    del record["metrics"]["value"]
+    path.write_text(json.dumps(record))
+    assert f"{address}: its record holds no value" in load_frames(broken).problems
+
+
 def test_errors_of_matrices_are_relative_to_the_matrix(study):
     modules = load_frames(study).modules
     assert set(modules["matrix"]) == {"mlp.c_fc", "mlp.c_proj"}

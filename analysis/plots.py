@@ -130,12 +130,11 @@ def layer_errors(modules: pd.DataFrame) -> str:
     models = list(known.groupby(["init", "label"], sort=False))
     if not models:
         return ""
-    low, high = float(known["error"].min()), max(float(known["error"].max()), 1e-9)
+    scale = Normalize(0.0, max(1.0, float(known["error"].max())))  # 0 exact, 1 as bad as nothing
     with rc_context(_STYLE):
         height = sum(0.62 + 0.34 * rows["matrix"].nunique() for _, rows in models) + 0.3
         figure = Figure(figsize=(6.8, height), layout="constrained")
         panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
-        scale = Normalize(low, high)
         for axes, ((_, label), rows) in zip(panels, models, strict=True):
             grid = rows.pivot_table(index="matrix", columns="layer", values="error", observed=True).astype(
                 float
@@ -144,7 +143,7 @@ def layer_errors(modules: pd.DataFrame) -> str:
             axes.set_title(str(label), fontsize=10, loc="left")
             axes.set_xticks(range(grid.shape[1]), [str(layer) for layer in grid.columns], fontsize=9)
             axes.set_yticks(range(grid.shape[0]), [str(name) for name in grid.index], fontsize=9)
-            _values(axes, grid.to_numpy(), middle=low + 0.4 * (high - low))
+            _values(axes, grid.to_numpy(), middle=0.45)
         panels[-1].set_xlabel("layer")
         bar = figure.colorbar(
             ScalarMappable(scale, "cividis"), ax=list(panels), shrink=min(1.0, 2.4 / height), pad=0.02

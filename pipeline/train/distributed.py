@@ -1,10 +1,9 @@
 """Train on Ray: the same loop on every worker of a Ray Train group, with restarts, and a line to the driver.
 
 Ray Train places the workers, makes the process group and restarts it when a worker is lost; it hears numbers
-and keeps no checkpoints of ours. Rows travel through the line: rank 0 pushes before it saves, so a checkpoint
-never knows a row that the driver cannot get. An error that a person can act on ends the run: it is left on
-the line, the next group finds it there and returns at once, and the driver raises it as the one line that it
-is.
+and keeps no checkpoints of ours. Rows travel over the line: rank 0 pushes before it saves, so a checkpoint
+never knows a row that the driver cannot get. An error that a person can act on goes over it too: all
+ranks leave without a restart, and the driver raises it as the one line that it is.
 """
 
 import shutil
@@ -13,6 +12,9 @@ from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
 
 from pipeline.cluster import connect, require_resources
 from pipeline.config.schema import RayConfig
@@ -23,19 +25,18 @@ from pipeline.train.line import Line
 from pipeline.train.loop import Hooks, run
 from pipeline.train.relay import Relay
 from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
-from pipeline.train.session import DivergedError
 from pipeline.train.topology import TIMEOUT_S, PeerLost, choose_device, joined
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-    import torch
 
 PUMP_S = 0.2
 """Seconds between two looks at the line, by the driver and by rank 0."""
 
 FREE_WAIT_S = 20.0
 """Longest wait for CPUs and GPUs that other work still holds, in seconds."""
+
+CONTINUES = "the same command continues from the last checkpoint"
 
 CONTROLLER_FAILURES = 3
 PREEMPTIONS = 10
@@ -51,20 +52,19 @@ def fit(request: FitRequest, config: RayConfig, *, on_log: OnLog, should_stop: S
         _require_room(ray, config)
         line = _open_line(ray)
         storage, name = _scratch(request.run)
-        _clear(storage, name)  # Ray Train would resume from what lies there
         trainer = _trainer(request, config, line=line, storage=storage, name=name)
-        try:
-            answer = _drive(ray, trainer, line, Relay(request, on_log), should_stop)
-        finally:
-            _clear(storage, name)
-            ray.kill(line)
-    if isinstance(answer, KronyError):
-        raise answer
-    return answer
+
+        def fit_and_clear() -> Any:
+            _clear(storage, name)  # Ray Train would resume from what lies there
+            try:
+                return trainer.fit()
+            finally:
+                _clear(storage, name)
+
+        return _drive(ray, fit_and_clear, line, Relay(request, on_log), should_stop)
 
 
-# --- in the driver
-# ----------------------------------------------------------------------------------------------
+# --- in the driver ------------------------------------------------------------------------------------------
 
 
 def _require_room(ray: "ModuleType", config: RayConfig) -> None:
@@ -101,7 +101,7 @@ def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Loca
     gpu = config.gpus_per_worker > 0
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if gpu else {})
 
-    def worker() -> FitResult | KronyError:
+    def worker() -> FitResult | None:
         return _work(request, line, gpu=gpu)
 
     return TorchTrainer(
@@ -121,56 +121,51 @@ def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Loca
 
 
 def _drive(
-    ray: "ModuleType", trainer: Any, line: Any, relay: Relay, should_stop: ShouldStop
-) -> FitResult | KronyError:
+    ray: "ModuleType", work: Callable[[], Any], line: Any, relay: Relay, should_stop: ShouldStop
+) -> FitResult:
     """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
-    asked = False
     pool = ThreadPool(1)
+    asked = False
     try:
-        running = pool.apply_async(trainer.fit)
+        running = pool.apply_async(work)
         while not running.ready():
             running.wait(PUMP_S)
             if not asked and should_stop():
                 ray.get(line.ask_stop.remote())
                 asked = True
             _pump(ray, line, relay)
-        _pump(ray, line, relay)
-        return _answer(ray, running.get, line)
+        if (failure := _pump(ray, line, relay)) is not None:
+            raise failure
+        return _answer(running.get)
     except ray.exceptions.RayError as err:
-        raise TrainError(
-            f"the connection to Ray was lost ({_first_line(err)}); "
-            "the same command continues from the last checkpoint"
-        ) from err
+        raise TrainError(f"the connection to Ray was lost ({_first_line(err)}); {CONTINUES}") from err
     finally:
         pool.terminate()
 
 
-def _answer(ray: "ModuleType", result: Callable[[], Any], line: Any) -> FitResult | KronyError:
+def _answer(result: Callable[[], Any]) -> FitResult:
     from ray.train import ControllerError, TrainingFailedError
 
     try:
         answer = result().return_value
-    except TrainingFailedError as err:
-        if (failure := ray.get(line.failure.remote())) is not None:
-            raise failure from err
-        if isinstance(err, ControllerError):
-            raise PreflightError(
-                f"Ray could not start the workers ({_first_line(err.controller_failure)}); "
-                "`krony doctor` shows what is free"
-            ) from err
-        raise TrainError(
-            f"{_blame(err)}; restarts are used up (ray.max_failures): "
-            "the same command continues from the last checkpoint"
+    except ControllerError as err:
+        raise PreflightError(
+            f"Ray could not start the workers ({_first_line(err.controller_failure)}); "
+            "`krony doctor` shows what is free"
         ) from err
-    assert isinstance(answer, FitResult | KronyError), answer
+    except TrainingFailedError as err:
+        raise TrainError(f"{_blame(err)}; restarts are used up (ray.max_failures): {CONTINUES}") from err
+    assert isinstance(answer, FitResult), answer
     return answer
 
 
-def _pump(ray: "ModuleType", line: Any, relay: Relay) -> None:
+def _pump(ray: "ModuleType", line: Any, relay: Relay) -> KronyError | None:
     told = ray.get(line.listen.remote())
     for note in told.notes:
         say("train", note)
     relay.rows(told.rows)
+    failure: KronyError | None = told.failure
+    return failure
 
 
 def _blame(err: BaseException) -> str:
@@ -203,30 +198,30 @@ def _clear(storage: Location, name: str) -> None:
         storage.delete(key)
 
 
-# --- in a worker
-# ------------------------------------------------------------------------------------------------
+# --- in a worker --------------------------------------------------------------------------------------------
 
 
-def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | KronyError:
-    """One rank. An error that all ranks meet alike is returned; any other one ends the group."""
+def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | None:
+    """One rank; None if the run ended by an error that is on the line."""
     import ray
 
-    if (failure := ray.get(line.failure.remote())) is not None:
-        assert isinstance(failure, KronyError)
-        return failure
-    topology = joined(_device(request, gpu=gpu))
+    if ray.get(line.failure.remote()) is not None:
+        return None  # restarted for nothing: the error is one that no restart mends
     try:
+        topology = joined(_device(request, gpu=gpu))
         return run(request, topology, _hooks(line, is_main=topology.is_main))
-    except DivergedError as err:
-        return err
     except PeerLost:
-        raise
+        if ray.get(line.failure.remote()) is None:
+            raise
     except KronyError as err:
         ray.get(line.fail.remote(err))
-        raise
+        if gpu:
+            raise  # ranks that wait in NCCL do not notice: let Ray end them
+        dist.destroy_process_group()  # ranks that wait in gloo do
+    return None
 
 
-def _device(request: FitRequest, *, gpu: bool) -> "torch.device":
+def _device(request: FitRequest, *, gpu: bool) -> torch.device:
     name = request.train.device
     if gpu:
         from ray.train.torch import get_device
@@ -247,7 +242,10 @@ def _hooks(line: Any, *, is_main: bool) -> Hooks:
     def on_log(row: Row) -> None:
         if is_main:
             ray.get(line.push.remote([row]))
-        ray.train.report(dict(row))  # a barrier: every rank, every time
+        if (
+            "val_loss" in row
+        ):  # on every rank alike; a report waits for the controller's next look at its workers
+            ray.train.report(dict(row))
 
     def preempted() -> bool:
         nonlocal told

@@ -16,6 +16,7 @@ class Told(NamedTuple):
 
     rows: list[Row]
     notes: list[str]
+    failure: KronyError | None
 
 
 class Line:
@@ -38,7 +39,7 @@ class Line:
 
     def listen(self) -> Told:
         """The driver takes what came in."""
-        told = Told(self._rows, self._notes)
+        told = Told(self._rows, self._notes, self._error)
         self._rows, self._notes = [], []
         return told
 
@@ -55,5 +56,5 @@ class Line:
         self._error = self._error or error
 
     def failure(self) -> KronyError | None:
-        """What a new group looks at before it begins."""
+        """What ended the run, if anything did."""
         return self._error

@@ -17,7 +17,7 @@ import torch
 from model.export import save_native
 from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
 from pipeline.train.schedule import is_due
-from pipeline.train.session import Losses, Objective, Session, next_token
+from pipeline.train.session import Losses, Session
 from pipeline.train.topology import Topology
 
 POLL_S = 0.2
@@ -44,16 +44,14 @@ class Hooks:
     """Asked on every rank; one yes makes a checkpoint, and training goes on."""
 
 
-def run(
-    request: FitRequest, topology: Topology, hooks: Hooks, *, objective: Objective = next_token
-) -> FitResult:
+def run(request: FitRequest, topology: Topology, hooks: Hooks) -> FitResult:
     """Train to the end, or until asked to stop; continues from the newest whole checkpoint.
 
-    `objective` replaces the training loss, for distillation; validation is always next-token cross-entropy.
+    The training loss may be distillation from a teacher; validation is always next-token cross-entropy.
     Raises TrainError, alike on every rank, if the loss is no longer finite.
     """
     with _reproducible(topology.device):
-        session = Session(request, topology, objective=objective)
+        session = Session(request, topology)
         try:
             result = _train(session, request, topology, hooks)
             if not result.stopped:

@@ -46,6 +46,9 @@ class FitRequest:
     fingerprint: str
     """Identity of the run; a checkpoint of another identity is refused."""
 
+    teacher: Location | None = None
+    """Native folder of the dense model, for `train.objective = "kd"`; read only then."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitResult:

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.config import ModelError
 from model.export import load_native
+from model.gpt2 import GPT2
 from pipeline.data.batches import Batches, Rows, TokenStream
 from pipeline.errors import DataError, TrainError
 from pipeline.store.location import Location
 from pipeline.train.checkpoint import Checkpoints, CheckpointState, restore_weights, weight_tensors
+from pipeline.train.distill import with_teacher
 from pipeline.train.gradients import GradientBuffer
 from pipeline.train.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_rate
 from pipeline.train.request import FitRequest, Row
@@ -27,24 +30,8 @@ from pipeline.train.schedule import micro_batches, rate_at
 from pipeline.train.topology import Topology
 from pipeline.train.validation import Validation
 
-
-class DivergedError(TrainError):
-    """The loss is no longer a finite number; raised at the same moment on every rank."""
-
-
-Forward = Callable[[Tensor, Tensor], Tensor]
-"""(inputs (B, T), targets (B, T)) -> sum of next-token cross-entropies: the model, compiled or not."""
-
-Objective = Callable[[Forward, Tensor, Tensor], Tensor]
-"""(model, inputs (B, T), targets (B, T)) -> *sum* of the losses of all tokens, a scalar."""
-
 CONTINUITY = 0.02
 """Nats that the probe may differ by across a restart, on other hardware or in bf16; a real jump is larger."""
-
-
-def next_token(model: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The objective unless another one is given."""
-    return model(inputs, targets)
 
 
 class Reading(NamedTuple):
@@ -82,11 +69,11 @@ class _Pending:
 class Session:
     """Model, optimizer, data and the step they are at."""
 
-    def __init__(self, request: FitRequest, topology: Topology, *, objective: Objective = next_token) -> None:
+    def __init__(self, request: FitRequest, topology: Topology) -> None:
         """Load the initial model on this rank's device and open the shards; step 0."""
         config = request.train
-        self._request, self._config, self._topology, self._objective = request, config, topology, objective
-        self.model = load_native(request.init.local_folder()).to(topology.device)
+        self._request, self._config, self._topology = request, config, topology
+        self.model = _load(request.init).to(topology.device)
         arch = self.model.spec.arch
         if config.seq_len > arch.n_ctx:
             raise TrainError(
@@ -94,7 +81,11 @@ class Session:
             )
         self._vocabulary = arch.vocab_size
         self.model.train()
-        self._forward: Forward = torch.compile(self.model) if config.compile else self.model
+        objective = with_teacher(request, self.model)
+        # (inputs (B, T), targets (B, T)) -> sum of the losses of all tokens
+        self._objective: Callable[[Tensor, Tensor], Tensor] = (
+            torch.compile(objective) if config.compile else objective
+        )
         self._buffer = GradientBuffer(self.model.parameters())
         self._optimizer = build_optimizer(self.model, config, device=topology.device)
         self._batches = Batches(
@@ -150,7 +141,7 @@ class Session:
         first = int(self._first_bad)
         if first >= 0:
             config = self._config
-            raise DivergedError(
+            raise TrainError(
                 f"step {first:,}: the loss or its gradient is not a finite number; lower train.lr "
                 f"(now {config.lr:g}) or train.grad_clip (now {config.grad_clip:g}), "
                 f"or raise train.warmup_steps (now {config.warmup_steps})"
@@ -160,7 +151,7 @@ class Session:
         """Validation loss in nats per token; the same on every rank."""
         loss = self._validation.loss(self.model, self._topology, autocast=self._autocast())
         if not np.isfinite(loss):
-            raise DivergedError(
+            raise TrainError(
                 f"step {self.step:,}: the validation loss is {loss}; lower train.lr (now {self._config.lr:g})"
             )
         return loss
@@ -218,13 +209,12 @@ class Session:
         """Let go of the gradient buffer."""
         self._buffer.release()
 
-    # --- inside
-    # -----------------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------------------------
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         try:
             with self._autocast():
-                return self._objective(self._forward, inputs, targets)
+                return self._objective(inputs, targets)
         except torch.OutOfMemoryError as err:
             raise TrainError(
                 f"step {self.step:,}: out of memory with {len(inputs)} rows of {inputs.shape[1]} tokens on "
@@ -259,8 +249,18 @@ class Session:
             )
 
 
+def _load(init: Location) -> GPT2:
+    try:
+        return load_native(init.local_folder())
+    except ModelError as err:
+        raise TrainError(f"{init.uri}: {err}") from err
+
+
 def _paths(location: Location, keys: tuple[str, ...]) -> list[Path]:
-    return [location.local(key) for key in keys]
+    try:
+        return [location.local(key) for key in keys]
+    except FileNotFoundError as err:
+        raise DataError(f"shard {err} is missing; run `krony prepare … --force`") from err
 
 
 def _on(device: torch.device, rows: Rows) -> Tensor:

@@ -107,13 +107,23 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny model with shards, and training runs on them: `Lab` of `train_lab.py`."""
-    spec = importlib.util.spec_from_file_location("train_lab", PROJECT / "tests" / "train_lab.py")
+    return _module("train_lab").Lab.build(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def data_lab() -> Any:
+    """A small corpus to prepare, with Ray and without: the module `data_lab.py`."""
+    return _module("data_lab")
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "tests" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_lab"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
-    return module.Lab.build(tmp_path_factory.mktemp("lab"))
+    return module
 
 
 @pytest.fixture(scope="session")

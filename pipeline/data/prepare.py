@@ -13,10 +13,8 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,7 +39,7 @@ from pipeline.data.plan import (
 from pipeline.data.rows import Corpus, Split, window
 from pipeline.data.shards import Sidecar
 from pipeline.data.splits import Keys, Positions, repeats
-from pipeline.errors import KronyError
+from pipeline.errors import DataError, KronyError
 from pipeline.progress import Progress
 from pipeline.store.artifacts import Artifact, Identity, Store
 from pipeline.store.location import Location
@@ -88,16 +86,12 @@ def prepare_tokens(
             progress.update(len(plan.shards) - len(todo))
             if todo:
                 rows = _rows(plan, todo, _stored_repeats(where, plan))
-                with connect(ray, quiet=quiet) as library:
-                    for number, pair in enumerate(
-                        _map(library, job, rows, at_once=config.tokenize_workers), 1
-                    ):
+                with connect(ray, quiet=quiet):
+                    for pair in _map(job, rows, at_once=config.tokenize_workers):
                         sidecars += pair
                         made += sum(sidecar.tokens for sidecar in pair)
-                        progress.update(
-                            len(plan.shards) - len(todo) + number,
-                            tokens_per_s=made / (time.monotonic() - begin),
-                        )
+                        rate = made / (time.monotonic() - begin)
+                        progress.update(len(sidecars) // 2, tokens_per_s=rate)
         metrics = _metrics(plan, sidecars, tokenizer)
         settings = {"tokens_per_s": round(made / (time.monotonic() - begin)), "tokens_made": made}
         return attempt.publish(metrics=metrics, settings=settings)
@@ -254,8 +248,12 @@ def run_tasks(
         waiting = deque(task.remote(item) for item in itertools.islice(left, ahead))
         try:
             while waiting:
-                with _errors_of_tasks(library):
+                try:
                     result = library.get(waiting.popleft())
+                except library.exceptions.RayTaskError as err:
+                    if isinstance(err.cause, KronyError):
+                        raise err.cause from err  # as it was raised there, without Ray's traceback
+                    raise
                 waiting.extend(task.remote(item) for item in itertools.islice(left, 1))
                 yield result
         finally:
@@ -265,9 +263,7 @@ def run_tasks(
                 library.wait([*waiting], num_returns=len(waiting))
 
 
-def _map(
-    library: ModuleType, job: Job, rows: list[dict[str, Any]], *, at_once: int
-) -> Iterator[list[Sidecar]]:
+def _map(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[list[Sidecar]]:
     """One Ray Data task per planned shard; sidecars as they are done, in any order."""
     import ray.data
 
@@ -279,36 +275,27 @@ def _map(
         compute=ray.data.TaskPoolStrategy(size=at_once or None),
         **_remote_options(hub=job.corpus.manifest.place == "hub"),
     )
-    with _errors_of_tasks(library):
-        for row in made.iter_rows():
-            yield [Sidecar.from_json(data, where="task") for data in row["sidecars"]]
+    for row in made.iter_rows():
+        if row["error"]:
+            raise DataError(row["error"])
+        yield [Sidecar.from_json(data, where="task") for data in row["sidecars"]]
 
 
 def _make(job: Job, row: dict[str, Any]) -> dict[str, Any]:
-    sidecars = make_shard(
-        job,
-        PlannedShard.from_json(row["shard"]),
-        validation=np.frombuffer(row["validation"], dtype=np.int64),
-        repeats=np.frombuffer(row["repeats"], dtype=np.int64),
-    )
-    return {"sidecars": [sidecar.to_json() for sidecar in sidecars]}
+    """A task. Errors for people come back as text: Ray Data would bury them in tracebacks of its own."""
+    try:
+        sidecars = make_shard(
+            job,
+            PlannedShard.from_json(row["shard"]),
+            validation=np.frombuffer(row["validation"], dtype=np.int64),
+            repeats=np.frombuffer(row["repeats"], dtype=np.int64),
+        )
+    except KronyError as err:
+        return {"sidecars": [], "error": str(err)}
+    return {"sidecars": [sidecar.to_json() for sidecar in sidecars], "error": ""}
 
 
 def _remote_options(*, hub: bool) -> dict[str, Any]:
     """Workers are offline unless their task is to fetch."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
     return {"runtime_env": {"env_vars": {"HF_HUB_OFFLINE": offline}}} if hub else {}
-
-
-@contextmanager
-def _errors_of_tasks(library: ModuleType) -> Iterator[None]:
-    """Raise what a task raised for people as it was raised there, without Ray's traceback around it."""
-    try:
-        yield
-    except library.exceptions.RayError as err:
-        cause: BaseException | None = err
-        while cause is not None:
-            if isinstance(cause, KronyError) and not isinstance(cause, library.exceptions.RayError):
-                raise cause from err
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise

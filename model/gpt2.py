@@ -38,14 +38,17 @@ class Attention(nn.Module):
             self.add_module(name, layers[f"attn.{name}"])
         self.c_proj = layers["attn.c_proj"]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (B, H, T, Q) and values (B, H, T, O) of (B, T, C)."""
         parts = (
             (self.q(x), self.k(x), self.v(x)) if self.is_split else self.c_attn(x).split(self.widths, dim=-1)
         )
-        q, k, v = (
-            part.reshape(*x.shape[:2], self.n_head, -1).transpose(1, 2) for part in parts
-        )  # (B, H, T, Q or O)
+        q, k, v = (part.reshape(*x.shape[:2], self.n_head, -1).transpose(1, 2) for part in parts)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, O)
         out: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
         return out
@@ -97,9 +100,7 @@ class GPT2(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the fp32 sum of token losses (< 0: none)."""
-        if idx.shape[-1] > self.spec.arch.n_ctx:
-            raise ModelError(f"{idx.shape[-1]:,} tokens do not fit the context of {self.spec.arch.n_ctx:,}")
-        x = self.wte(idx) + self.wpe.weight[: idx.shape[-1]]  # (B, T, C)
+        x = self.embed(idx)
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)
@@ -107,6 +108,13 @@ class GPT2(nn.Module):
             return self.logits(x)
         vocab_size = self.spec.arch.vocab_size
         return chunked_cross_entropy_sum(x, targets, head=self.logits, vocab_size=vocab_size)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """What enters the first block: (B, T) -> (B, T, C)."""
+        if idx.shape[-1] > self.spec.arch.n_ctx:
+            raise ModelError(f"{idx.shape[-1]:,} tokens do not fit the context of {self.spec.arch.n_ctx:,}")
+        tokens: Tensor = self.wte(idx)
+        return tokens + self.wpe.weight[: idx.shape[-1]]
 
     def logits(self, x: Tensor) -> Tensor:
         """The output head: (..., C), after `ln_f`, -> (..., V)."""

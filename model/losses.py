@@ -1,11 +1,11 @@
-"""Sums of token losses: cross-entropy, and distillation from a teacher's logits. Always fp32, always a sum.
+"""Sums of token losses: cross-entropy, and distillation from a teacher's logits, states and attention.
 
-A sum, not a mean, so that workers and micro-batches of any size add up to the same number. Targets below 0 do
-not count. Logits of many tokens over a large vocabulary are the largest tensor of a step;
-`chunked_cross_entropy_sum` makes them in pieces, and again in the backward pass.
+Always fp32, always a sum over tokens and never a mean, so that workers and micro-batches of any size add up
+to the same number. Targets below 0 do not count. Logits of many tokens over a large vocabulary are the
+largest tensor of a step; the `chunked_` forms make them in pieces, and again in the backward pass.
 """
 
-# N tokens · C width · V vocabulary
+# N tokens · C width · V vocabulary · B batch · H heads · T positions · Q width of a query or key
 
 from collections.abc import Callable
 
@@ -41,17 +41,12 @@ def chunked_cross_entropy_sum(
     max_logits: int = MAX_LOGITS,
 ) -> Tensor:
     """`cross_entropy_sum(head(hidden), targets)`, at most `max_logits` logits at a time; hidden (..., C)."""
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)  # (N, C), (N,)
-    chunk = max(1, max_logits // vocab_size)
-    if hidden.shape[0] <= chunk:
-        return cross_entropy_sum(head(hidden), targets)
 
     def piece(x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy_sum(head(x), y)
 
-    pairs = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
-    losses = [checkpoint(piece, x, y, use_reentrant=False) for x, y in pairs]
-    return torch.stack(losses).sum()
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)  # (N, C), (N,)
+    return _in_pieces(piece, *flat, chunk=max(1, max_logits // vocab_size))
 
 
 def distillation_sum(
@@ -73,3 +68,81 @@ def distillation_sum(
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (...)
     divergence = divergence.masked_fill(targets < 0, 0.0).sum()
     return alpha * cross_entropy_sum(student, targets) + (1.0 - alpha) * temperature**2 * divergence
+
+
+def chunked_distillation_sum(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    *,
+    student_head: Callable[[Tensor], Tensor],
+    teacher_head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    alpha: float = 0.5,
+    temperature: float = 2.0,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """`distillation_sum` of the logits that two heads make of hidden states (..., C), piece by piece.
+
+    At most `max_logits` logits exist at a time, those of both models together.
+    """
+
+    def piece(x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = teacher_head(z)
+        return distillation_sum(student_head(x), taught, y, alpha=alpha, temperature=temperature)
+
+    flat = student.flatten(0, -2), teacher.detach().flatten(0, -2), targets.reshape(-1)
+    return _in_pieces(piece, *flat, chunk=max(1, max_logits // (2 * vocab_size)))
+
+
+def hidden_sum(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of ||s - t||^2 / ||t||^2 for states (B, T, C), fp32; no gradient reaches the teacher.
+
+    GPT-2's states have a few huge coordinates, so a plain error would be ruled by a few tokens. The size of
+    the teacher is taken token by token, so that the sum does not depend on the batch it stands in.
+    """
+    teacher = teacher.detach().float()
+    error = (student.float() - teacher).square().sum(dim=-1)  # (B, T)
+    size = teacher.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (error / size).masked_fill(targets < 0, 0.0).sum()
+
+
+def attention_sum(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], targets: Tensor, *, scale: float
+) -> Tensor:
+    """Sum over queries of KL(teacher || student) of causal attention rows, the mean over heads; fp32.
+
+    Each side is (queries, keys), both (B, H, T, Q); widths may differ. The maps, (B, H, T, T), are made
+    again in the backward pass: only one layer's exist at a time.
+    """
+    taught = (teacher[0].detach(), teacher[1].detach())
+    loss = checkpoint(_attention_divergence, student, taught, targets, scale, use_reentrant=False)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _attention_divergence(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], targets: Tensor, scale: float
+) -> Tensor:
+    length = targets.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=targets.device).triu(1)
+    log_q = _attention_rows(*student, future, scale)
+    with torch.no_grad():
+        log_p = _attention_rows(*teacher, future, scale)
+        p = log_p.exp()
+    divergence = (p * (log_p - log_q).masked_fill(future, 0.0)).sum(dim=-1).mean(dim=1)  # (B, T)
+    return divergence.masked_fill(targets < 0, 0.0).sum()
+
+
+def _attention_rows(query: Tensor, key: Tensor, future: Tensor, scale: float) -> Tensor:
+    scores = (query @ key.mT).float() * scale
+    return torch.log_softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+
+
+def _in_pieces(piece: Callable[..., Tensor], *rows: Tensor, chunk: int) -> Tensor:
+    """The sum of `piece` over slices of `rows` of `chunk` rows, each computed again in the backward pass."""
+    if rows[0].shape[0] <= chunk:
+        return piece(*rows)
+    slices = zip(*(torch.split(tensor, chunk) for tensor in rows), strict=True)
+    return torch.stack([checkpoint(piece, *part, use_reentrant=False) for part in slices]).sum()

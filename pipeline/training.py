@@ -37,6 +37,7 @@ class _Training:
     origin: Location
     name: str
     tags: dict[str, Scalar]
+    teacher: Location | None = None
 
 
 def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) -> Artifact:
@@ -47,8 +48,12 @@ def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) 
         "krony.parameters": int(init.record.metrics["parameters"]),
         "krony.init": init.record.address,
     }
+    teacher = None
+    if config.train.objective == "kd":
+        teacher = work.store.require(work.chain.teacher).location  # the init was made from it
+        tags["krony.teacher"] = work.chain.teacher.address
     with work.store.attempt(work.chain.run, resume=True, force=force) as attempt:
-        training = _Training("train", config.train, config.seed, init.location, config.name, tags)
+        training = _Training("train", config.train, config.seed, init.location, config.name, tags, teacher)
         return _train(work, attempt, tokens, training)
 
 
@@ -99,6 +104,7 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
         val_shards=tuple(sorted(name for name in shards if name.startswith("val-"))),
         run=attempt.location,
         fingerprint=attempt.identity.fingerprint,
+        teacher=training.teacher,
     )
     tracker = _open(work, attempt, tokens, training)
     began = time.monotonic()

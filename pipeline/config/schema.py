@@ -162,6 +162,34 @@ class LrMultipliers:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """What a student learns from its teacher; only for `train.objective = "kd"`."""
+
+    alpha: float = 0.5
+    """Share of next-token cross-entropy; the rest is T^2 KL(teacher || student) of the logits."""
+
+    temperature: float = 2.0
+    """T: both models' logits are divided by it inside the KL."""
+
+    hidden: float = 0.0
+    """Weight of the error of each block's output, relative to the teacher's size, averaged over blocks."""
+
+    attention: float = 0.0
+    """Weight of KL(teacher || student) of attention rows, averaged over heads and blocks."""
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.alpha <= 1.0 and self.temperature > 0.0):
+            raise ConfigError(
+                f"train.distill.alpha={self.alpha} must lie in [0, 1], "
+                f"train.distill.temperature={self.temperature} above 0"
+            )
+        if min(self.hidden, self.attention) < 0:
+            raise ConfigError(
+                f"train.distill.hidden={self.hidden} and attention={self.attention} must be 0 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long, how fast, on how much. The whole state of data and randomness is the step."""
 
@@ -197,6 +225,12 @@ class TrainConfig:
 
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+
+    objective: Literal["ce", "kd"] = "ce"
+    """`ce`: next-token cross-entropy. `kd`: distillation from the teacher, as `distill` says."""
+
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Weights of distillation."""
 
     lr_multipliers: LrMultipliers = field(default_factory=LrMultipliers)
     """Per-group factors."""
@@ -281,6 +315,8 @@ class ScratchTeacher:
             raise ConfigError(
                 f"teacher.n_embd={self.n_embd} must be a multiple of teacher.n_head={self.n_head}"
             )
+        if self.train.objective != "ce":
+            raise ConfigError("teacher.train.objective='kd': a teacher has no teacher; set it to 'ce'")
         if self.train.seq_len > self.n_ctx:
             raise ConfigError(
                 f"teacher.train.seq_len={self.train.seq_len} is longer than teacher.n_ctx={self.n_ctx}"

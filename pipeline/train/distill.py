@@ -1,7 +1,7 @@
 """Distillation: the student's training loss beside a frozen teacher that sees the same rows.
 
-Both models go through their blocks side by side, so states and attention are compared layer by layer and never
-kept. A block of the student stands for the teacher's block that it comes from, so blocks may be missing.
+Both models go through their blocks side by side, so states and attention are compared layer by layer and
+never kept. A block of the student stands for the teacher's block that it comes from; some may be missing.
 """
 
 import torch
@@ -98,7 +98,7 @@ def _query_key(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _require_comparable(student: GPT2, teacher: GPT2) -> None:
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
+    for name in ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size"):
         mine, other = (getattr(model.spec.arch, name) for model in (student, teacher))
         if mine != other:
             raise TrainError(f"the student stands for {name}={mine:,}, its teacher has {other:,}")

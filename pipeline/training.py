@@ -18,8 +18,8 @@ from pipeline.interrupt import stop_on_signal
 from pipeline.progress import Progress
 from pipeline.store.artifacts import Artifact, Attempt
 from pipeline.store.location import Location
-from pipeline.tracking.jsonl import HistoryWriter
-from pipeline.tracking.tracker import Scalar, Tracker, flatten, open_tracker
+from pipeline.tracking.jsonl import HistoryWriter, read_history
+from pipeline.tracking.tracker import Scalar, Tracker, flatten, open_tracker, replay
 from pipeline.train.request import FitRequest, FitResult, Row
 from pipeline.work import Work
 
@@ -107,6 +107,7 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
         teacher=training.teacher,
     )
     tracker = _open(work, attempt, tokens, training)
+    replay(tracker, read_history(attempt.location))  # what a killed driver had not sent yet
     began = time.monotonic()
     try:
         result = _fit(work, request, tracker, training)

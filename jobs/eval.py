@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipeline.evaluate.protocols import PROTOCOLS
 
         for protocol in PROTOCOLS.values():
-            print(f"{protocol.id:<26}{protocol.description}")
+            print(f"{protocol.id:<28}{protocol.description}")
         return 0
     from pipeline import stages
     from pipeline.cluster import session

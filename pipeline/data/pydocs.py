@@ -48,27 +48,27 @@ class Pydocs:
             "name": "pydocs",
             "extractor": EXTRACTOR,
             "max_megabytes": self._config.max_megabytes,
-            "packages": {partition.name: partition.stamp for partition in self.partitions()},
+            "packages": self.versions(),
         }
 
-    def partitions(self) -> list[Partition]:
-        """One per distribution. Raises CorpusError for one that is not installed."""
-        installed = {_canonical(found.metadata["Name"]): found for found in metadata.distributions()}
+    def versions(self) -> dict[str, str]:
+        """Version by distribution, in the order of the corpus. Raises CorpusError for one not installed."""
+        installed = {_canonical(found.metadata["Name"]): found.version for found in metadata.distributions()}
+        installed[PYTHON] = platform.python_version()
         wanted = {_canonical(name) for name in self._config.packages}
         if "*" in wanted:
-            wanted = {PYTHON, *installed} - {OURSELVES}
-        for name in sorted(wanted - {PYTHON, *installed}):
-            near = get_close_matches(name, [PYTHON, *installed])
+            wanted = set(installed) - {OURSELVES}
+        for name in sorted(wanted - set(installed)):
+            near = get_close_matches(name, installed)
             hint = f"did you mean {near[0]!r}?" if near else "install it, or take '*' for everything"
             raise CorpusError(f"corpus.packages: {name!r} is not installed; {hint}")
-        order = sorted(wanted, key=lambda name: (name != PYTHON, name))
+        return {name: installed[name] for name in sorted(wanted, key=lambda name: (name != PYTHON, name))}
+
+    def partitions(self) -> list[Partition]:
+        """One per distribution; `stamp` is its version."""
         return [
-            Partition(
-                name=name,
-                stamp=platform.python_version() if name == PYTHON else installed[name].version,
-                text_bytes=_estimate(None if name == PYTHON else installed[name]),
-            )
-            for name in order
+            Partition(name=name, stamp=version, text_bytes=_estimate(name))
+            for name, version in self.versions().items()
         ]
 
     def read(self, partition: Partition) -> Iterator[Document]:
@@ -134,8 +134,8 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _estimate(distribution: metadata.Distribution | None) -> int:
-    if distribution is None:
+def _estimate(name: str) -> int:
+    if name == PYTHON:
         return 2_400_000
-    sizes = (file.size or 0 for file in distribution.files or () if file.suffix == ".py")
+    sizes = (file.size or 0 for file in metadata.distribution(name).files or () if file.suffix == ".py")
     return sum(sizes) // 5

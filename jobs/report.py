@@ -6,10 +6,12 @@ from pathlib import Path
 
 from jobs import cli
 from pipeline.config.arguments import parse
+from pipeline.progress import say
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
+    parser.add_argument("--sync", action="store_true", help="also tell MLflow every run that it missed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             wanted += [i.address for i in (*links.teacher_scores.values(), *links.scores.values())]
     report = write_report(Store(study.first.store), arguments.options.out, scores=list(dict.fromkeys(wanted)))
     print(report.json() if arguments.json else report.table)
+    if arguments.options.sync:
+        from pipeline.tracking.sync import sync
+
+        tracking = study.first.tracking
+        told = sync(Store(study.first.store), uri=tracking.uri, experiment=tracking.experiment)
+        say("mlflow", f"{len(told)} runs are complete there")
     if not arguments.quiet and not arguments.json:
         print(f"\nreport    {report.html}\n          {report.markdown}")
     return 0

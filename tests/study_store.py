@@ -56,7 +56,12 @@ MODELS = (
         0.374,
         1,
     ),
-    Invented("random-82m", {"name": "random_init", "shape": [768, 768], "terms": 1}, 81_972_576, 0.96),
+    Invented(
+        "random-82m",
+        {"name": "random_init", "of": {"name": "kron_vl", "shape": [768, 768], "terms": 1}},
+        81_972_576,
+        0.96,
+    ),
     Invented(
         "kron-67m", {"name": "kron_vl", "shape": [32, 64], "terms": 1, "gauge": "rms"}, 67_893_504, 0.93
     ),

@@ -226,8 +226,8 @@ class ModuleReport:
     metric: str = "frobenius"
     """What the errors measure."""
 
-    details: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the method's own: cut-offs, condition, sweeps."""
+    details: Mapping[str, float | str] = field(default_factory=dict)
+    """What the method itself has to say: cut-offs, condition, sweeps, the start that won."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,12 @@
 """The structure that all Kronecker methods share: both MLP matrices of the chosen blocks, transposed shapes.
 
-A shape is written for `mlp.c_fc`; `mlp.c_proj` takes the transposed one. Shape and number of terms are chosen
-and checked here, against the weight and against the budget. Integers only, loads no torch.
+A shape is written for `mlp.c_fc`; `mlp.c_proj` takes the transposed one. Shapes and number of terms are
+chosen and checked here, against the weights and against the budget. Integers only, loads no torch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from model.algebra.shapes import (
     KronShape,
@@ -15,10 +17,14 @@ from model.algebra.shapes import (
     rank_warning,
 )
 from model.compress.budget import Budget
-from model.compress.contract import Plan
+from model.compress.contract import Plan, StatsSpec
+from model.compress.kron_recipe import KronRecipe
 from model.config import Convention, Kron, Matrix, ModelError, ModelSpec
 
 UP, DOWN = "mlp.c_fc", "mlp.c_proj"
+
+Gathers = Literal["none", "outer", "hidden", "all"]
+"""Index buffers where an order cannot be folded: on the residual side, between the two matrices, or both."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,17 +37,42 @@ class KronChoice:
     terms: int
     """Terms; 0 takes as many as the budget allows."""
 
+    layer_shapes: tuple[tuple[int, int], ...] = ()
+    """First factors block by block; empty takes `shape` for all."""
+
     scales: bool = False
     """One learned scalar per term."""
 
     layers: tuple[int, ...] = ()
     """Blocks to compress; empty means all."""
 
+    gathers: Gathers = "none"
+    """Which orders are kept as index buffers, where they can matter at all."""
+
     decay_right: bool = True
     """Whether weight decay may act on B."""
 
     one_term: bool = False
     """Whether the method knows no sums of several terms."""
+
+    @classmethod
+    def of(cls, recipe: KronRecipe, *, gathers: Gathers = "none") -> "KronChoice":
+        """What a recipe of several terms asks for."""
+        return cls(
+            shape=recipe.shape,
+            terms=recipe.terms,
+            layer_shapes=recipe.layer_shapes,
+            scales=recipe.scales,
+            layers=recipe.layers,
+            gathers=gathers,
+        )
+
+
+def kron_stats(arch: ModelSpec, needs: Iterable[str], layers: tuple[int, ...]) -> StatsSpec:
+    """`needs` at both MLP matrices of the chosen blocks."""
+    sites = frozenset(f"h.{i}.{role}" for i in chosen_blocks(arch, layers) for role in (UP, DOWN))
+    wanted: dict[str, Any] = dict.fromkeys(needs, sites)
+    return StatsSpec(**wanted)
 
 
 def chosen_blocks(spec: ModelSpec, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -52,8 +83,27 @@ def chosen_blocks(spec: ModelSpec, layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(layers))) if layers else tuple(range(last + 1))
 
 
-def with_kron_mlp(spec: ModelSpec, shape: KronShape, choice: KronChoice, *, terms: int) -> ModelSpec:
-    """A copy with so many terms of `shape` at each chosen `mlp.c_fc`, of its transpose at `mlp.c_proj`."""
+def chosen_shapes(spec: ModelSpec, choice: KronChoice) -> dict[int, KronShape]:
+    """Shape of `mlp.c_fc` in every block to compress; ModelError for one that does not fit."""
+    blocks = chosen_blocks(spec, choice.layers)
+    firsts = choice.layer_shapes or (choice.shape,) * len(blocks)
+    if len(firsts) != len(blocks):
+        raise ModelError(f"layer_shapes names {len(firsts)} shapes for {len(blocks)} compressed blocks")
+    widths = {i: spec.blocks[i].mlp_hidden for i in blocks}
+    if not choice.layer_shapes and len(set(widths.values())) > 1:
+        raise ModelError(
+            f"MLPs of widths {sorted(set(widths.values()))} cannot share one factor shape; choose fewer "
+            "layers, or give each its own in layer_shapes"
+        )
+    return {
+        i: kron_shape(spec.arch.n_embd, widths[i], first) for i, first in zip(blocks, firsts, strict=True)
+    }
+
+
+def kron_pair(shape: KronShape, choice: KronChoice, *, terms: int) -> tuple[Kron, Kron]:
+    """What stands at `mlp.c_fc` and at `mlp.c_proj`; an order that cannot matter needs no gather."""
+    outer = choice.gathers in ("outer", "all") and min(shape.m1, shape.m2) > 1
+    hidden = choice.gathers in ("hidden", "all") and min(shape.n1, shape.n2) > 1
     up = Kron(
         m1=shape.m1,
         n1=shape.n1,
@@ -61,49 +111,43 @@ def with_kron_mlp(spec: ModelSpec, shape: KronShape, choice: KronChoice, *, term
         n2=shape.n2,
         terms=terms,
         scales=choice.scales,
+        gather_in=outer,
         decay_right=choice.decay_right,
     )
+    return up, replace(up.transposed(), gather_in=hidden)
+
+
+def with_kron_mlp(spec: ModelSpec, choice: KronChoice, *, terms: int) -> ModelSpec:
+    """A copy with so many terms at both MLP matrices of the chosen blocks."""
     matrices: dict[str, Matrix] = {}
-    for i in chosen_blocks(spec, choice.layers):
-        matrices |= {f"h.{i}.{UP}": up, f"h.{i}.{DOWN}": up.transposed()}
+    for i, shape in chosen_shapes(spec, choice).items():
+        check_terms(shape, terms)
+        up, down = kron_pair(shape, choice, terms=terms)
+        matrices |= {f"h.{i}.{UP}": up, f"h.{i}.{DOWN}": down}
     return spec.with_matrices(matrices)
 
 
 def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budget) -> Plan:
     """The plan of a Kronecker method; ModelError for an illegal shape or terms, or a budget not kept."""
     budget.require_uniform(method)
-    rows, cols = _mlp_size(spec, choice)
-    shape = kron_shape(rows, cols, choice.shape)
-    terms = choice.terms or _most_terms(spec, shape, choice, budget)
+    shapes = tuple(dict.fromkeys(chosen_shapes(spec, choice).values()))
     if not choice.terms and not budget.params:
         raise ModelError(
             f"{method}: terms = 0 takes as many as the budget allows; set budget.params or terms"
         )
-
-    def hint() -> str:
-        return _nearest(spec, choice, budget)
-
-    what = f"{method} {shape}, terms = {max(1, terms)}"
-    check_terms(shape, max(1, terms))
-    result = with_kron_mlp(spec, shape, choice, terms=max(1, terms))
-    budget.check(result, what=what, hint=hint)
-    notes = [note for note in (rank_warning(shape, terms),) if note]
-    macs, dense = terms * min(shape.macs()), shape.rows * shape.cols
-    if macs > dense:
-        notes.append(
-            f"{terms} term(s) of {shape} need {macs / dense:.2f} times the multiplications of a dense matrix"
-        )
+    terms = choice.terms or max(1, _most_terms(spec, choice, budget))
+    result = with_kron_mlp(spec, choice, terms=terms)
+    what = f"{method} {', '.join(map(str, shapes))}, terms = {terms}"
+    budget.check(result, what=what, hint=lambda: _nearest(spec, choice, budget))
+    notes = [note for shape in shapes if (note := rank_warning(shape, terms))]
+    for shape in shapes:
+        macs, dense = terms * min(shape.macs()), shape.rows * shape.cols
+        if macs > dense:
+            notes.append(
+                f"{terms} term(s) of {shape} need {macs / dense:.2f} times the multiplications of a dense "
+                "matrix"
+            )
     return Plan(method=method, source=spec, spec=result, notes=tuple(notes))
-
-
-def _mlp_size(spec: ModelSpec, choice: KronChoice) -> tuple[int, int]:
-    """(in, out) of `mlp.c_fc`, the same in all chosen blocks."""
-    widths = {spec.blocks[i].mlp_hidden for i in chosen_blocks(spec, choice.layers)}
-    if len(widths) > 1:
-        raise ModelError(
-            f"MLPs of widths {sorted(widths)} cannot share one factor shape; choose fewer layers"
-        )
-    return spec.arch.n_embd, widths.pop()
 
 
 def _base(spec: ModelSpec, choice: KronChoice, convention: Convention) -> int:
@@ -113,31 +157,33 @@ def _base(spec: ModelSpec, choice: KronChoice, convention: Convention) -> int:
     return spec.num_parameters(convention) - replaced
 
 
-def _most_terms(spec: ModelSpec, shape: KronShape, choice: KronChoice, budget: Budget) -> int:
-    matrices = 2 * len(chosen_blocks(spec, choice.layers))
+def _most_terms(spec: ModelSpec, choice: KronChoice, budget: Budget) -> int:
+    """The largest number of terms that keeps the cap, the same in every block; 0 if not even one does."""
+    shapes = chosen_shapes(spec, choice).values()
     return budget.most_terms(
         base=_base(spec, choice, budget.convention),
-        per_term=matrices * shape.params(1, scales=choice.scales),
-        max_terms=1 if choice.one_term else shape.max_terms,
+        per_term=2 * sum(shape.params(1, scales=choice.scales) for shape in shapes),
+        max_terms=1 if choice.one_term else min(shape.max_terms for shape in shapes),
     )
 
 
 def _nearest(spec: ModelSpec, choice: KronChoice, budget: Budget, *, count: int = 3) -> str:
     """The shapes nearest to the one asked for that keep the budget with some number of terms."""
-    base = _base(spec, choice, budget.convention)
-    matrices = 2 * len(chosen_blocks(spec, choice.layers))
-    rows, cols = _mlp_size(spec, choice)
+    if choice.layer_shapes:
+        return "change layer_shapes, terms or the cap"
+    base, blocks = _base(spec, choice, budget.convention), chosen_shapes(spec, choice)
+    rows, cols = spec.arch.n_embd, next(iter(blocks.values())).cols
     found: list[str] = []
     for shape in nearest_shapes(rows, cols, choice.shape, count=len(legal_shapes(rows, cols))):
-        terms = _most_terms(spec, shape, choice, budget)
-        total = base + matrices * shape.params(terms, scales=choice.scales)
+        terms = _most_terms(spec, replace(choice, shape=(shape.m1, shape.n1)), budget)
+        total = base + 2 * len(blocks) * shape.params(terms, scales=choice.scales)
         if terms and budget.fits(total):
             found.append(f"shape = [{shape.m1}, {shape.n1}], terms = {terms} ({total:,})")
         if len(found) == count:
             break
     if found:
         return "nearest that keep it: " + "; ".join(found)
-    smallest = base + matrices * min(
+    smallest = base + 2 * len(blocks) * min(
         shape.params(1, scales=choice.scales) for shape in legal_shapes(rows, cols)
     )
     largest = spec.num_parameters(budget.convention)

@@ -7,15 +7,16 @@
 import torch
 from torch import Tensor
 
+from model.algebra.alternate import Convergence
 from model.algebra.gauge import best_scales, kron_norm
 from model.algebra.kron import nearest_kron
 from model.algebra.shapes import KronShape
 from model.algebra.strided import pair_offsets, strided_energy, strided_kron
 from model.compress.assemble import report_module, transplant
 from model.compress.budget import Budget
-from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, StatsSpec
-from model.compress.kron_plan import DOWN, UP, KronChoice, chosen_blocks, plan_kron_mlp
-from model.compress.recipe import KronPrune, KronVL
+from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, StatsSpec, Unmeasured
+from model.compress.kron_plan import DOWN, UP, KronChoice, chosen_blocks, kron_stats, plan_kron_mlp
+from model.compress.kron_recipe import KronPrune, KronVL
 from model.config import ModelError, ModelSpec
 from model.gpt2 import GPT2
 from model.layers.kronecker import KroneckerLinear
@@ -31,6 +32,13 @@ def kron_layer(model: GPT2, name: str) -> KroneckerLinear:
     return layer
 
 
+def measured(stats: Stats | None, method: str, needs: tuple[str, ...]) -> Stats:
+    """The statistics; Unmeasured, naming what is needed, if there are none."""
+    if stats is None:
+        raise Unmeasured(f"{method} needs statistics: {', '.join(needs)}")
+    return stats
+
+
 @torch.no_grad()
 def set_factors(layer: KroneckerLinear, left: Tensor, right: Tensor, scales: Tensor | None = None) -> None:
     """Copy float64 factors (r, m1, n1), (r, m2, n2) and scales (r,) into a layer, in its own precision."""
@@ -40,8 +48,24 @@ def set_factors(layer: KroneckerLinear, left: Tensor, right: Tensor, scales: Ten
         layer.scales.copy_(scales)
 
 
+def course(how: Convergence) -> dict[str, float | str]:
+    """How a fit came about, for a report: the start that won, its iterations, and how it stopped."""
+    history = how.history
+    fell = 1.0 - history[-1] / history[-2] if len(history) > 1 and history[-2] > 0 else 0.0
+    by_start: dict[str, float | str] = {f"loss_from_{name}": loss for name, loss in how.by_start}
+    return {
+        "start": how.start,
+        "stopped": how.stopped,
+        "iterations": float(how.iterations),
+        "history_length": float(len(history)),
+        "loss_at_start": history[0],
+        "last_decrease": fell,
+        **by_start,
+    }
+
+
 class KronVLMethod:
-    """Van Loan and Pitsianis, see `model.compress.recipe.KronVL`."""
+    """Van Loan and Pitsianis, see `model.compress.kron_recipe.KronVL`."""
 
     name = "kron_vl"
     version = 1
@@ -55,11 +79,7 @@ class KronVLMethod:
 
     def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
         """Both MLP matrices of the chosen blocks as Kronecker sums."""
-        config = self.config
-        choice = KronChoice(
-            shape=config.shape, terms=config.terms, scales=config.scales, layers=config.layers
-        )
-        return plan_kron_mlp(self.name, arch, choice, budget)
+        return plan_kron_mlp(self.name, arch, KronChoice.of(self.config), budget)
 
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
         """Exact and deterministic: the seed changes nothing."""
@@ -93,7 +113,7 @@ class KronVLMethod:
 
 
 class KronPruneMethod:
-    """Krony-PT's pruning start, see `model.compress.recipe.KronPrune`."""
+    """Krony-PT's pruning start, see `model.compress.kron_recipe.KronPrune`."""
 
     name = "kron_prune"
     version = 1
@@ -102,14 +122,18 @@ class KronPruneMethod:
         self.config = config
 
     def stats(self, arch: ModelSpec) -> StatsSpec:
-        """Weights alone."""
-        return StatsSpec()
+        """Weights alone; for `importance` also the mean squares of the inputs."""
+        return kron_stats(arch, self.config.needs, self.config.layers)
 
     def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
         """One term at both MLP matrices of the chosen blocks; B is exempt from weight decay."""
-        config = self.config
         choice = KronChoice(
-            shape=config.shape, terms=1, layers=config.layers, decay_right=False, one_term=True
+            shape=self.config.shape,
+            terms=1,
+            layer_shapes=self.config.layer_shapes,
+            layers=self.config.layers,
+            decay_right=False,
+            one_term=True,
         )
         return plan_kron_mlp(self.name, arch, choice, budget)
 
@@ -121,7 +145,8 @@ class KronPruneMethod:
             names = (f"h.{i}.{UP}", f"h.{i}.{DOWN}")
             weights = tuple(model.site(name).weight_matrix().detach() for name in names)
             layers = tuple(kron_layer(fresh, name) for name in names)
-            offsets = self._offsets(weights, layers[0].shape)
+            squares = self._mean_squares(names, stats)
+            offsets = self._offsets(weights, layers[0].shape, squares)
             for name, weight, layer, offset in zip(names, weights, layers, offsets, strict=True):
                 left, right = strided_kron(weight, layer.shape, offset=offset, eps=self.config.eps_init)
                 set_factors(layer, left, right)
@@ -134,8 +159,21 @@ class KronPruneMethod:
                 )
         return CompressedModel(model=fresh, plan=plan, report=tuple(reports))
 
+    def _mean_squares(
+        self, names: tuple[str, str], stats: Stats | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """E[x^2] of the inputs of the pair, (m,) and (n,), where rows weigh by it."""
+        if self.config.offset != "importance":
+            return None, None
+        gathered = measured(stats, self.name, self.config.needs)
+        up, down = (gathered.mean(f"gram/{name}").diagonal() for name in names)
+        return up, down
+
     def _offsets(
-        self, weights: tuple[Tensor, ...], shape: KronShape
+        self,
+        weights: tuple[Tensor, ...],
+        shape: KronShape,
+        squares: tuple[Tensor, Tensor] | tuple[None, None],
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """(row, column) to keep in `c_fc` and in `c_proj`; the hidden offset is one number for the pair.
 
@@ -143,7 +181,9 @@ class KronPruneMethod:
         """
         if self.config.offset == "first":
             return (0, 0), (0, 0)
-        return pair_offsets(strided_energy(weights[0], shape), strided_energy(weights[1], shape.transposed()))
+        up = strided_energy(weights[0], shape, row_weights=squares[0])
+        down = strided_energy(weights[1], shape.transposed(), row_weights=squares[1])
+        return pair_offsets(up, down)
 
 
 def strided_error(weight: Tensor, shape: KronShape, *, offset: tuple[int, int], eps: float) -> float:

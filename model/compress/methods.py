@@ -6,6 +6,10 @@ from typing import Any
 from model.compress.budget import Budget
 from model.compress.contract import CompressionMethod, GainMethod, Plan, Stats
 from model.compress.controls import DenseMethod, RandomInitMethod
+from model.compress.kron_act_perm import KronActPermMethod
+from model.compress.kron_perm import KronPermMethod
+from model.compress.kron_rivals import KnGPT2Method, TQCompressorMethod
+from model.compress.kron_weighted import KronActMethod, KronFisherMethod
 from model.compress.kronecker import KronPruneMethod, KronVLMethod
 from model.compress.low_rank import LowRankMethod
 from model.compress.recipe import MethodRecipe
@@ -14,13 +18,19 @@ from model.gpt2 import GPT2
 METHODS: Mapping[str, Callable[[Any], CompressionMethod]] = {
     "kron_vl": KronVLMethod,
     "kron_prune": KronPruneMethod,
+    "kron_perm": KronPermMethod,
+    "kron_fisher": KronFisherMethod,
+    "kron_act": KronActMethod,
+    "kron_act_perm": KronActPermMethod,
+    "kngpt2": KnGPT2Method,
+    "tqcompressor": TQCompressorMethod,
     "svd": LowRankMethod,
     "fwsvd": LowRankMethod,
     "asvd": LowRankMethod,
     "svdllm": LowRankMethod,
     "svdllm_bc": LowRankMethod,
     "kfac_svd": LowRankMethod,
-    "random_init": RandomInitMethod,
+    "random_init": lambda recipe: RandomInitMethod(recipe, make_method(recipe.of)),
     "dense": DenseMethod,
 }
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from model.compress.recipe import KronVL, MethodRecipe
+from model.compress.kron_recipe import KronVL
+from model.compress.recipe import MethodRecipe
 from pipeline.errors import ConfigError
 
 NOT_IDENTITY: Mapping[str, Any] = {"identity": False}

@@ -10,7 +10,8 @@ from model.algebra.kron import rearrange
 from model.algebra.shapes import KronShape
 from model.compress.budget import Budget
 from model.compress.methods import make_method
-from model.compress.recipe import Dense, KronPrune, KronVL, RandomInit
+from model.compress.kron_recipe import KronPrune, KronVL
+from model.compress.recipe import Dense, RandomInit
 from model.config import GPT2Config, ModelError, ModelSpec
 from model.export import load_native, save_native, to_dense
 from model.layers.structured import set_mode
@@ -25,8 +26,8 @@ RECIPES = {
     "vl-many": KronVL(shape=(4, 8), terms=20),
     "prune": KronPrune(shape=(12, 96)),
     "prune-energy": KronPrune(shape=(8, 48), offset="energy", eps_init=0.1, layers=(0,)),
-    "random": RandomInit(shape=(12, 24), terms=2),
-    "random-sqrt": RandomInit(shape=(24, 48), terms=1, gauge="sqrt"),
+    "random": RandomInit(of=KronVL(shape=(12, 24), terms=2)),
+    "random-sqrt": RandomInit(of=KronVL(shape=(24, 48)), gauge="sqrt"),
     "dense": Dense(),
 }
 COMPRESSING = [name for name in RECIPES if name != "dense"]
@@ -172,7 +173,7 @@ def test_more_terms_never_fit_worse(teacher):
 
 
 def test_a_thin_shape_stays_below_full_rank_and_random_factors_reach_the_bound(teacher):
-    result = squeeze(RandomInit(shape=(8, 96), terms=1), teacher)
+    result = squeeze(RandomInit(of=KronVL(shape=(8, 96))), teacher)
     for row in result.report:
         assert np.linalg.matrix_rank(weights(result.model, row.name).numpy(), tol=1e-5) == row.rank_bound == 8
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.compress.recipe import KronPrune, KronVL
+from model.compress.kron_recipe import KronPrune, KronVL
 from pipeline.config.arguments import parse
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import load_study, to_json

@@ -105,6 +105,17 @@ def permuted_activation_kron_pair(
     return replace(best, convergence=replace(best.convergence, by_start=tuple(by_start)))
 
 
+def first_order_unit_metric(down: Tensor, gate_gram: Tensor) -> Tensor:
+    """(K_d K_d^T) * E[g^T g], (n, n): what small errors of the pre-activations cost in the output.
+
+    `down` (n, m) is the matrix that follows, in its replaced form; g (n,) the derivative of the nonlinearity
+    at the pre-activations. An error e of x K_u changes the output by (e * g) K_d, and this is the mean of its
+    square when e does not depend on g. Positive semi-definite, as an elementwise product of such matrices.
+    """
+    down = down.detach().double()
+    return (down @ down.T) * gate_gram.double()
+
+
 class _Start(NamedTuple):
     """An order, and factors to go on from in it beside the usual ones."""
 

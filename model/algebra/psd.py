@@ -107,6 +107,16 @@ def shrink(metric: Tensor, amount: float) -> Tensor:
     return shrunk
 
 
+def regression_weight(gram: Tensor, cross: Tensor, *, rcond: float = RCOND) -> Tensor:
+    """W* = C^+ E[x^T y], (m, n), from E[x^T x] (m, m) and E[x^T y] (m, n): least squares of y on x.
+
+    For every K the mean of ||y - x K||^2 is a constant plus tr((W* - K)^T C (W* - K)), so any fit of W* in
+    the metric C is a structured regression: how a layer is solved for the inputs that it gets after those
+    before it were compressed, with y the outputs it should give.
+    """
+    return psd_pinv(gram, rcond=rcond) @ cross.double()
+
+
 def _cut(values: Tensor, rcond: float) -> Tensor:
     largest = values.amax(dim=-1, keepdim=True)
     if bool((values.amin(dim=-1, keepdim=True) < -NEGATIVE * largest.abs()).any()):

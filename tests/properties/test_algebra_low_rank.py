@@ -10,7 +10,16 @@ from torch.testing import assert_close
 from model.algebra.bias import corrected_bias
 from model.algebra.kron import nearest_kron
 from model.algebra.low_rank import asvd_metric, check_rank, largest_rank, low_rank
-from model.algebra.psd import centred, homogeneous, metric_loss, psd_pinv, psd_roots, shrink, times
+from model.algebra.psd import (
+    centred,
+    homogeneous,
+    metric_loss,
+    psd_pinv,
+    psd_roots,
+    regression_weight,
+    shrink,
+    times,
+)
 from model.algebra.shapes import KronShape
 from model.config import ModelError
 
@@ -254,3 +263,17 @@ def test_bias_correction_is_the_best_bias_and_leaves_the_centred_loss(rows, cols
     error = x @ fit.dense() + new - target  # no other bias is better, under an output metric either
     nudged = error + 0.01 * normal(seed + 7, cols)
     assert float((nudged @ out * nudged).sum()) >= float((error @ out * error).sum())
+
+
+@small
+@given(st.integers(1, 8), st.integers(1, 6), seeds)
+def test_a_fit_of_the_regression_weight_is_a_structured_regression(rows, cols, seed):
+    x = tokens(seed, 40, rows)
+    x[:, 0] = 0  # a dead input
+    y = torch.tanh(normal(seed + 3, 40, cols) + x @ normal(seed + 4, rows, cols))
+    gram, target = x.T @ x / 40, regression_weight(x.T @ x / 40, x.T @ y / 40)
+    least = float((y - x @ target).square().sum()) / 40
+    assert least == pytest.approx(float((y - x @ torch.linalg.pinv(x) @ y).square().sum()) / 40, rel=1e-6)
+    for other in (normal(seed + 5, rows, cols), low_rank(target, rank=1, input_metric=gram).dense()):
+        error = float((y - x @ other).square().sum()) / 40
+        assert error == pytest.approx(least + metric_loss(target - other, input_metric=gram), rel=1e-6)

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from model.algebra.activation import activation_kron
-from model.algebra.activation_permute import permuted_activation_kron_pair
+from model.algebra.activation_permute import first_order_unit_metric, permuted_activation_kron_pair
 from model.algebra.alternate import Solver
 from model.algebra.nystrom import greedy_keep, refit, selection_loss
 from model.algebra.permute import permuted_kron_pair
@@ -157,3 +157,20 @@ def test_it_is_deterministic_and_refuses_what_does_not_fit():
         mlp.order(SHAPES[0], refit_iter=0)
     with pytest.raises(ModelError, match="8x24 weight"):
         permuted_activation_kron_pair(mlp.down, mlp.up, mlp.inputs, mlp.hidden, SHAPES[0], terms=1)
+
+
+def test_the_unit_metric_is_the_output_error_of_small_changes():
+    mlp, count = Mlp(0), 20_000
+    x = normal(1, count, WIDTH)
+    before = x @ mlp.up
+    gates = 1 - torch.tanh(before).square()
+    error = 1e-5 * normal(2, WIDTH, HIDDEN) * mlp.up  # a change of the weights
+    metric = first_order_unit_metric(mlp.down, gates.T @ gates / count)
+    assert float(torch.linalg.eigvalsh(metric)[0]) > -1e-9 * float(metric.diagonal().max())
+    noise = 1e-5 * normal(3, count, HIDDEN)  # an error that does not depend on the gates
+    change = (torch.tanh(before + noise) - torch.tanh(before)) @ mlp.down
+    predicted = float((metric * (noise.T @ noise / count)).sum())
+    assert float(change.square().sum()) / count == pytest.approx(predicted, rel=0.03)
+    change = (torch.tanh(x @ (mlp.up + error)) - torch.tanh(before)) @ mlp.down
+    predicted = metric_loss(error, input_metric=x.T @ x / count, output_metric=metric)
+    assert float(change.square().sum()) / count == pytest.approx(predicted, rel=0.5)

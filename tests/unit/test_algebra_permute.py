@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 from model.algebra.kron import nearest_kron
 from model.algebra.permute import (
+    Orders,
+    _Pair,
     align_levels,
     best_order,
     minimal_order,
@@ -129,6 +131,54 @@ def test_regrouping_a_level_never_lowers_the_energy_that_a_fit_holds():
         assert torch.equal(order.reshape(6, 3).sort(dim=0).values, levels)  # units stay in their level
         after = nearest_kron(up[:, order], shape, terms=2)
         assert after.error <= fit.error * (1 + 1e-12)
+
+
+def test_a_level_is_regrouped_as_well_as_any_permutation_of_it():
+    units, right = normal(0, 8, 5), normal(1, 1, 1, 2)
+    right = right / right.norm()
+
+    def energy(order: torch.Tensor) -> float:  # what a fit holds with this B and the best A
+        return float((units[order.reshape(4, 2)] * right.reshape(1, 2, 1)).sum(dim=1).square().sum())
+
+    stored = torch.arange(8)
+    first_level = [
+        torch.stack([stored.reshape(4, 2)[list(order), 0], stored.reshape(4, 2)[:, 1]], dim=1).reshape(-1)
+        for order in itertools.permutations(range(4))
+    ]
+    best = max(energy(order) for order in first_level)
+    found = align_levels(stored, [(units, right)], groups=4)
+    assert best > energy(stored)
+    assert energy(found) >= best * (1 - 1e-12)
+
+
+def test_the_shared_order_is_the_best_for_both_matrices_at_once():
+    up, down = normal(0, 4, 4), normal(1, 4, 4)
+    fitted_up, fitted_down = normal(2, 4, 4), normal(3, 4, 4)
+    pair = _Pair(up, down, KronShape(4, 2, 1, 2), 1, "rms", is_shared=True, is_outer=True)
+    stored = torch.arange(4)
+
+    def error(order: torch.Tensor) -> float:
+        return float((up[:, order] - fitted_up).square().sum() + (down[order] - fitted_down).square().sum())
+
+    best = min(error(torch.tensor(order)) for order in itertools.permutations(range(4)))
+    found = pair.reorder(Orders(stored, stored, stored, stored), fitted_up, fitted_down)
+    assert error(found.hidden) == pytest.approx(best)
+    assert error(found.hidden) < error(stored)
+
+
+def test_the_end_is_a_fixed_point_of_every_step():
+    shape = KronShape(6, 3, 1, 4)
+    for seed in range(6):
+        up, down = pair_of(seed)
+        found = permuted_kron_pair(up, down, shape, terms=1, max_sweeps=50)
+        pair = _Pair(up, down, shape, 1, "rms", is_shared=True, is_outer=True)
+        assert found.convergence.stopped != "max_iter"
+        for order in (
+            pair.reorder(found.orders, found.up.dense(), found.down.dense()),
+            pair.regroup(found.orders, found.up, found.down),
+        ):
+            again = pair.fit(order)
+            assert again[0].error + again[1].error >= found.loss * (1 - 1e-4)
 
 
 def test_the_seed_decides_and_bad_arguments_are_refused():

@@ -11,7 +11,9 @@ from model.compress.kron_perm import KronPermMethod
 from model.compress.kron_rivals import KnGPT2Method, TQCompressorMethod
 from model.compress.kron_weighted import KronActMethod, KronFisherMethod
 from model.compress.kronecker import KronPruneMethod, KronVLMethod
+from model.compress.layer_drop import LayerDropMethod, PruneMLPMethod
 from model.compress.low_rank import LowRankMethod
+from model.compress.modegpt import ModeGPTMethod
 from model.compress.recipe import MethodRecipe
 from model.gpt2 import GPT2
 
@@ -30,6 +32,10 @@ METHODS: Mapping[str, Callable[[Any], CompressionMethod]] = {
     "svdllm": LowRankMethod,
     "svdllm_bc": LowRankMethod,
     "kfac_svd": LowRankMethod,
+    "modegpt": ModeGPTMethod,
+    "modegpt_joint": ModeGPTMethod,
+    "prune_mlp": PruneMLPMethod,
+    "layerdrop": LayerDropMethod,
     "random_init": lambda recipe: RandomInitMethod(recipe, make_method(recipe.of)),
     "dense": DenseMethod,
 }

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from model.compress.kron_recipe import AnyKron, Gauge, KronVL
 from model.compress.low_rank_recipe import AnyLowRank
+from model.compress.structural_recipe import AnyStructural
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class RandomInit:
 
     name: Literal["random_init"] = "random_init"
 
-    of: AnyKron | AnyLowRank = field(default_factory=KronVL, metadata={"discriminator": "name"})
+    of: AnyKron | AnyLowRank | AnyStructural = field(default_factory=KronVL, metadata={"discriminator": "name"})
     """The method whose structure is filled at random; its other settings only shape the plan."""
 
     gauge: Gauge = "rms"
@@ -38,7 +39,7 @@ class Dense:
     needs: ClassVar[tuple[str, ...]] = ()
 
 
-MethodRecipe = AnyKron | AnyLowRank | RandomInit | Dense
+MethodRecipe = AnyKron | AnyLowRank | AnyStructural | RandomInit | Dense
 
 SEEDED_METHODS = frozenset({"kron_perm", "tqcompressor", "random_init"})
 """Methods whose result depends on the seed; for all others one compressed model serves every seed."""

@@ -28,7 +28,7 @@ from pipeline.train.optimizer import build_optimizer, optimizer_tensors, restore
 from pipeline.train.request import FitRequest, Row
 from pipeline.train.schedule import micro_batches, rate_at
 from pipeline.train.topology import Topology
-from pipeline.train.validation import Validation
+from pipeline.train.validation import Validation, require_known
 
 CONTINUITY = 0.02
 """Nats that the probe may differ by across a restart, on other hardware or in bf16; a real jump is larger."""
@@ -100,6 +100,8 @@ class Session:
             tokens=config.val_tokens,
             micro_batch=config.micro_batch,
         )
+        windows = self._validation.read()
+        require_known(windows, vocabulary=self._vocabulary, where=request.tokens.uri)
         self._checkpoints = Checkpoints(
             request.run, fingerprint=request.fingerprint, keep=config.keep_checkpoints
         )
@@ -140,25 +142,21 @@ class Session:
         """Raise TrainError naming the first step that was not finite; alike on every rank."""
         first = int(self._first_bad)
         if first >= 0:
-            config = self._config
-            raise TrainError(
-                f"step {first:,}: the loss or its gradient is not a finite number; lower train.lr "
-                f"(now {config.lr:g}) or train.grad_clip (now {config.grad_clip:g}), "
-                f"or raise train.warmup_steps (now {config.warmup_steps})"
-            )
+            raise self._diverged(first, "the loss or its gradient")
 
     def validate(self) -> float:
         """Validation loss in nats per token; the same on every rank."""
         loss = self._validation.loss(self.model, self._topology, autocast=self._autocast())
         if not np.isfinite(loss):
-            raise TrainError(
-                f"step {self.step:,}: the validation loss is {loss}; lower train.lr (now {self._config.lr:g})"
-            )
+            raise self._diverged(self.step, "the validation loss")
         return loss
 
     def save(self, losses: Losses, history: Sequence[Row]) -> None:
         """Rank 0 writes a checkpoint of this step; weights that are not finite are never saved."""
         self.require_finite()
+        probe = self._probe()  # on every rank, so that all leave if the last step broke the weights
+        if not np.isfinite(probe):
+            raise self._diverged(self.step, "the loss after it")
         if not self._topology.is_main:
             return
         state = CheckpointState(
@@ -169,7 +167,7 @@ class Session:
             train_loss=self.reading().loss,
             val_loss_initial=losses.val_initial,
             val_loss=losses.val,
-            probe=self._probe(),
+            probe=probe,
             history=tuple(history),
         )
         self._checkpoints.save(
@@ -211,6 +209,13 @@ class Session:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
+    def _diverged(self, step: int, what: str) -> TrainError:
+        config = self._config
+        return TrainError(
+            f"step {step:,}: {what} is not a finite number; lower train.lr (now {config.lr:g}) or "
+            f"train.grad_clip (now {config.grad_clip:g}), or raise train.warmup_steps (now {config.warmup_steps})"
+        )
+
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         try:
             with self._autocast():
@@ -224,12 +229,8 @@ class Session:
     def _rows(self) -> tuple[Tensor, Tensor]:
         topology = self._topology
         inputs, targets = self._batches.batch(self.step, rank=topology.rank, world=topology.world)
-        largest = int(max(inputs.max(initial=0), targets.max(initial=0)))
-        if largest >= self._vocabulary:
-            raise DataError(
-                f"{self._request.tokens.uri}: token {largest:,} at step {self.step:,}, the model knows "
-                f"{self._vocabulary:,}; the shards were made with another tokenizer than the model's"
-            )
+        for rows in (inputs, targets):
+            require_known(rows, vocabulary=self._vocabulary, where=self._request.tokens.uri)
         return _on(topology.device, inputs), _on(topology.device, targets)
 
     def _autocast(self) -> AbstractContextManager[None]:

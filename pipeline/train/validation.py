@@ -7,6 +7,7 @@ shares; sums of losses and of tokens are added up, never means.
 from contextlib import AbstractContextManager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,16 @@ from pipeline.train.schedule import micro_batches
 from pipeline.train.topology import Topology
 
 _PROBE_WINDOWS = 4
+
+
+def require_known(tokens: npt.NDArray[np.integer], *, vocabulary: int, where: str) -> None:
+    """Raise DataError if a token is none of the model's."""
+    largest = int(tokens.max(initial=0))
+    if largest >= vocabulary:
+        raise DataError(
+            f"{where}: holds token {largest:,}, the model knows {vocabulary:,}; "
+            "the shards were made with another tokenizer than the model's"
+        )
 
 
 class Validation:
@@ -32,6 +43,10 @@ class Validation:
             )
         self._windows = [(start, min(seq_len, predicted - start)) for start in range(0, predicted, seq_len)]
         self.tokens = predicted
+
+    def read(self) -> npt.NDArray[np.integer]:
+        """Every token of the windows, the last target included."""
+        return self._stream.read(0, self.tokens + 1)
 
     def loss(self, model: nn.Module, topology: Topology, *, autocast: AbstractContextManager[None]) -> float:
         """Token-weighted mean loss in nats, the same on every rank."""

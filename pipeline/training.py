@@ -126,6 +126,7 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
     metrics = {**sizes(attempt.location), **result.metrics, "steps": result.step, "tokens": result.tokens}
     settings = {"session_s": round(time.monotonic() - began, 1), "workers": work.config.ray.workers}
     artifact = attempt.publish(metrics=metrics, settings=settings | {"name": training.name})
+    tracker.metrics(metrics, step=result.step)  # sizes among them: what the plots of MLflow can use
     tracker.link(artifact.record.kind, artifact.location.uri, digest=artifact.record.digest)
     tracker.close("FINISHED")
     return artifact

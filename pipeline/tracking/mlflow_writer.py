@@ -36,9 +36,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import PreflightError
 from pipeline.progress import say
+from pipeline.store.provenance import provenance
 from pipeline.tracking.tracker import NullTracker, Scalar, Status, Tracker
 
 RUN_ID = "krony.run_id"
+PAGES = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the pages of an experiment on training runs, not on GenAI traces."""
 OPEN_ATTEMPTS = 3
 BUFFER_S = 5.0
 BATCH = 100
@@ -70,11 +73,13 @@ def connect(uri: str, experiment: str, *, artifact_root: str) -> Connection:
                 experiment_id = (
                     found.experiment_id
                     if found
-                    else client.create_experiment(experiment, artifact_location=place)
+                    else client.create_experiment(experiment, artifact_location=place, tags=PAGES)
                 )
             return Connection(client=client, experiment_id=experiment_id)
         except _FAILURE as err:
-            if attempt == OPEN_ATTEMPTS or uri.startswith("http"):  # a request was repeated already
+            is_race = isinstance(err, MlflowException) and err.error_code == "RESOURCE_ALREADY_EXISTS"
+            is_repeated = uri.startswith("http") and not is_race  # mlflow repeats requests by itself
+            if attempt == OPEN_ATTEMPTS or is_repeated:
                 raise PreflightError(
                     f"tracking.uri={uri}: cannot be opened ({_reason(err)}); start it, correct the address, "
                     "or set tracking.uri=off"
@@ -106,7 +111,14 @@ def find_or_create(opened: Connection, run_id: str, *, name: str, parent: str | 
     found = opened.client.search_runs([opened.experiment_id], f"tags.`{RUN_ID}` = '{quoted}'", max_results=1)
     if found:
         return str(found[0].info.run_id)
-    tags = {RUN_ID: quoted} | ({"mlflow.parentRunId": parent} if parent else {})
+    origin = provenance()
+    tags = {
+        RUN_ID: quoted,
+        "mlflow.source.name": " ".join(origin["argv"]),
+        "mlflow.source.git.commit": str(origin["commit"]),
+    }
+    if parent:
+        tags["mlflow.parentRunId"] = parent
     return str(opened.client.create_run(opened.experiment_id, tags=tags, run_name=name).info.run_id)
 
 

@@ -42,6 +42,7 @@ def sync(store: Store, *, uri: str, experiment: str) -> list[str]:
             tracker.params(flatten(_asked(store, artifact)))
             tracker.tags({"krony.address": record.address})
             replay(tracker, rows)
+            tracker.metrics(record.metrics, step=int(rows[-1]["step"]))
             tracker.link(record.kind, artifact.location.uri, digest=record.digest)
             tracker.close("FINISHED")
             told.append(record.address)

@@ -5,6 +5,7 @@ One process writes: the driver. What it wrote before it died is known to the tra
 told twice.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -130,7 +131,13 @@ def ui_command(uri: str, *, port: int = 5000) -> str:
     """The command that shows a tracker's pages; for a server, its address."""
     if uri.startswith(("http://", "https://")):
         return uri
-    return f"mlflow server --backend-store-uri {uri} --host 127.0.0.1 --port {port} --workers 1"
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    # Without the switch the server starts seven more processes for jobs that nobody runs here.
+    return (
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shown} -m mlflow server --backend-store-uri {uri} "
+        f"--host 127.0.0.1 --port {port} --workers 1"
+    )
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]:

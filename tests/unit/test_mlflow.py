@@ -60,6 +60,7 @@ def test_everything_of_a_run_arrives(place: Path):
     assert run.data.params == {"method.name": "kron_vl", "train.lr": "0.0006", "method.scales": "False"}
     assert run.data.metrics == {"loss": 3.0, "tokens": 2000.0}
     assert run.data.tags["link.init"] == "/store/init/a-2"
+    assert "mlflow.source.git.commit" in run.data.tags
     assert run.data.tags["sha256.init"] == "a" * 64
     (table,) = run.inputs.dataset_inputs
     assert table.dataset.name == "tokens/pydocs-12345678"

@@ -24,7 +24,7 @@ def build(store: Store, identity: Identity, *, steps: int) -> Artifact:
             with HistoryWriter(attempt.location) as history:
                 for step in range(steps):
                     history.append({"step": step, "loss": 1.0 / (step + 1)})
-        return attempt.publish(metrics={}, settings={"name": f"my-{identity.name}"})
+        return attempt.publish(metrics={"parameters": 1234}, settings={"name": f"my-{identity.name}"})
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def test_runs_that_mlflow_never_heard_of_arrive_whole(store: Store):
     }
     assert run.data.tags["sha256.run"] == store.require(RUN).record.digest
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 6
+    assert run.data.metrics["parameters"] == 1234
     assert found[TEACHER.address].data.params["teacher.train.lr"] == "0.1"
 
 

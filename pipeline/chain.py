@@ -1,10 +1,12 @@
 """From one config to the identity of every artifact on the way: the whole plan, before anything is built.
 
-    corpus → tokenizer → tokens ─┬─ teacher ─┬─ init → run → model → scores
-                                 └───────────┴─ stats
+    corpus → tokenizer → tokens ─┬─ teacher ─┬─────────┬─ init → run → model → scores
+                                 └───────────┴─ stats ─┘
 
-An address is a pure function of the config and of what the outside world says about a source (package
-versions, file digests). Nothing heavy is loaded, so `krony status` and `--plan` answer at once.
+Statistics are there for methods that need any, and belong to what is needed, not to the method: methods with
+equal needs share them. An address is a pure function of the config and of what the outside world says about
+a source (package versions, file digests). Nothing heavy is loaded, so `krony status` and `--plan` answer at
+once.
 """
 
 import json
@@ -16,6 +18,7 @@ from model.compress.recipe import SEEDED_METHODS
 from pipeline.config.identity import identity_fields
 from pipeline.config.schema import BpeTokenizer, HubTeacher, RunConfig
 from pipeline.data.corpora import source_of
+from pipeline.errors import ConfigError
 from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
 from pipeline.evaluate.texts import TEXTS
 from pipeline.store.artifacts import Identity
@@ -26,6 +29,15 @@ VERSIONS: Mapping[str, int] = dict.fromkeys(
     ("corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores"), 1
 )
 
+FISHER = frozenset({"row_fisher", "col_fisher", "full_fisher"})
+# What a calibration setting acts on, where that is not everything: settings without effect fork no address.
+ACTS_ON: Mapping[str, frozenset[str]] = {
+    "fisher": FISHER,
+    "labels": FISHER | {"delta_gram"},
+    "delta_trim": frozenset({"delta_gram"}),
+    "delta_clip": frozenset({"delta_gram"}),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -35,6 +47,8 @@ class Chain:
     tokenizer: Identity
     tokens: Identity
     teacher: Identity
+    stats: Identity | None
+    """None where the method needs no statistics."""
     init: Identity
     run: Identity
     model: Identity
@@ -46,7 +60,8 @@ class Chain:
     def identities(self) -> list[Identity]:
         """All of them, in the order in which they are built."""
         shared = [self.corpus, self.tokenizer, self.tokens, self.teacher, *self.teacher_scores.values()]
-        return [*shared, self.init, self.run, self.model, *self.scores.values()]
+        stats = [self.stats] if self.stats else []
+        return [*shared, *stats, self.init, self.run, self.model, *self.scores.values()]
 
 
 def chain(config: RunConfig) -> Chain:
@@ -65,7 +80,8 @@ def chain(config: RunConfig) -> Chain:
         VERSIONS["tokens"],
     )
     teacher = _teacher(config, tokens)
-    init = _init(config, teacher)
+    stats = _stats(config, teacher, tokens)
+    init = _init(config, teacher, stats)
     run = Identity(
         "run",
         f"{init.name}-s{config.seed}",
@@ -79,6 +95,7 @@ def chain(config: RunConfig) -> Chain:
         tokenizer,
         tokens,
         teacher,
+        stats,
         init,
         run,
         model,
@@ -140,8 +157,24 @@ def _teacher(config: RunConfig, tokens: Identity) -> Identity:
     return Identity("teacher", name, identity_fields(teacher), {"tokens": tokens}, VERSIONS["teacher"])
 
 
-def _init(config: RunConfig, teacher: Identity) -> Identity:
+def _stats(config: RunConfig, teacher: Identity, tokens: Identity) -> Identity | None:
+    """What the method needs at every weight matrix, whichever of them it replaces."""
+    needs = sorted(set(config.method.needs))
+    if not needs:
+        return None
+    if config.calibration.length > (context := _context(config)):
+        raise ConfigError(
+            f"calibration.length={config.calibration.length} is longer than the teacher's context, {context}"
+        )
+    settings = identity_fields(config.calibration)
+    fields = {key: value for key, value in settings.items() if ACTS_ON.get(key, set(needs)) & set(needs)}
+    inputs = {"teacher": teacher, "tokens": tokens}
+    return Identity("stats", "-".join(needs), {"needs": needs, **fields}, inputs, VERSIONS["stats"])
+
+
+def _init(config: RunConfig, teacher: Identity, stats: Identity | None) -> Identity:
     fields = {"method": identity_fields(config.method), "budget": identity_fields(config.budget)}
     if config.method.name in SEEDED_METHODS:
         fields["seed"] = config.seed
-    return Identity("init", config.method.name, fields, {"teacher": teacher}, VERSIONS["init"])
+    inputs = {"teacher": teacher} | ({"stats": stats} if stats else {})
+    return Identity("init", config.method.name, fields, inputs, VERSIONS["init"])

@@ -6,7 +6,7 @@ and is what every verb prints for `--plan`.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.chain import chain
 from pipeline.config.load import Study, to_json
@@ -16,6 +16,9 @@ from pipeline.progress import duration
 from pipeline.store.artifacts import Identity, Store
 from pipeline.store.location import Location
 from pipeline.tracking.jsonl import read_history
+
+if TYPE_CHECKING:
+    from model.compress.contract import Stats
 
 
 def statuses(study: Study) -> list[dict[str, str]]:
@@ -41,37 +44,60 @@ def describe(study: Study, *, as_json: bool = False) -> str:
     )
     for row, config in zip(variants, study.configs, strict=True):
         tokens = config.train.max_steps * config.train.batch_tokens
+        size = f"{'' if row['exact'] else '≤ '}{row['parameters']:,}"
+        macs = f"{row['macs_per_token']:,}" if row["exact"] else "–"
         lines.append(
-            f"{config.name:<28}{config.method.name:<14}{row['parameters']:>13,}{row['share']:>8.1%}"
-            f"{row['macs_per_token']:>13,}{tokens:>14,}"
+            f"{config.name:<28}{config.method.name:<14}{size:>13}{row['share']:>8.1%}{macs:>13}{tokens:>14,}"
         )
     lines += ["", *(f"{row['state']:<11}{row['address']:<58}{row['note']}".rstrip() for row in states)]
     return "\n".join(lines)
 
 
 def _size(config: RunConfig) -> Mapping[str, Any]:
-    """Exact parameters and MACs of a variant, from integers; raises CompressError if it cannot be built."""
+    """Exact parameters and MACs of a variant, from integers; raises CompressError if it cannot be built.
+
+    A structure that follows from statistics is exact once they are in the store; before, and where it follows
+    from the weights, only its cap is known.
+    """
     from model.compress.budget import Budget
-    from model.compress.methods import METHODS
+    from model.compress.contract import Unmeasured
+    from model.compress.methods import make_method
     from model.config import GPT2Config, ModelError, ModelSpec
 
-    arch = GPT2Config(**_architecture(config))
+    dense = ModelSpec.dense(GPT2Config(**_architecture(config)))
     budget = Budget(
         params=config.budget.params,
         convention=config.budget.convention,
         tolerance=config.budget.tolerance,
         allocate=config.budget.allocate,
     )
+    method, total = make_method(config.method), dense.num_parameters("tied_all")
     try:
-        plan = METHODS[config.method.name](config.method).plan(ModelSpec.dense(arch), budget, None)
+        try:
+            plan = method.plan(dense, budget)
+        except Unmeasured:
+            plan = method.plan(dense, budget, _stored_stats(config))
+    except Unmeasured:
+        uncounted = total - dense.num_parameters(budget.convention)
+        cap = budget.params + uncounted if budget.params else total
+        return {"parameters": cap, "exact": False, "share": cap / total, "macs_per_token": None}
     except ModelError as err:
         raise CompressError(f"{config.name}: {err}") from err
-    dense = ModelSpec.dense(arch).num_parameters("tied_all")
     return {
         "parameters": plan.num_parameters,
-        "share": plan.num_parameters / dense,
+        "exact": True,
+        "share": plan.num_parameters / total,
         "macs_per_token": plan.spec.macs_per_token("factored"),
     }
+
+
+def _stored_stats(config: RunConfig) -> "Stats | None":
+    """The statistics of a config, where they have been collected."""
+    from model.compress.stats_file import load_stats
+
+    identity = chain(config).stats
+    artifact = Store(config.store).find(identity) if identity else None
+    return load_stats(artifact.folder()) if artifact else None
 
 
 def _architecture(config: RunConfig) -> dict[str, int]:

@@ -81,13 +81,43 @@ def teacher(work: Work) -> Artifact:
     return work.once(work.chain.teacher, build)
 
 
+def stats(work: Work) -> Artifact | None:
+    """The statistics that the method needs; None where it needs none."""
+    identity = work.chain.stats
+    if identity is None:
+        return None
+
+    def build() -> Artifact:
+        from pipeline.compress.calibrate import calibrate
+
+        return calibrate(
+            work.config.calibration,
+            identity,
+            teacher(work),
+            tokens(work),
+            work.store,
+            ray=work.config.ray,
+            force=work.forces("stats"),
+            quiet=work.quiet,
+        )
+
+    return work.once(identity, build)
+
+
 def init(work: Work) -> Artifact:
     """The compressed model before training, with the report of every replaced matrix."""
 
     def build() -> Artifact:
         from pipeline.compress.build import build_init
 
-        return build_init(work.config, work.chain.init, teacher(work), work.store, force=work.forces("init"))
+        return build_init(
+            work.config,
+            work.chain.init,
+            teacher(work),
+            work.store,
+            stats=stats(work),
+            force=work.forces("init"),
+        )
 
     return work.once(work.chain.init, build)
 

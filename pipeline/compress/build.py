@@ -1,7 +1,8 @@
-"""From a teacher to a compressed model: plan → compress → check the count → publish.
+"""From a teacher, and statistics where a method needs any, to a compressed model: plan → compress → publish.
 
-The plan fixes the exact number of parameters before a weight is touched, and what was built must have it. Each
-replaced matrix leaves a row in `report.json`: predicted and achieved error, energy kept, rank, parameters, MACs.
+The plan fixes the exact number of parameters before a weight is touched, and what was built must have it.
+Each replaced matrix leaves a row in `report.json`: predicted and achieved error, energy kept, rank,
+parameters, MACs.
 """
 
 import json
@@ -11,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from model.compress.budget import Budget
-from model.compress.methods import METHODS
+from model.compress.methods import make_method, make_plan
+from model.compress.stats_file import load_stats
 from model.config import ModelError
 from model.export import save_native
 from pipeline.compress.load import load_model
@@ -23,15 +25,22 @@ REPORT = "report.json"
 
 
 def build_init(
-    config: RunConfig, identity: Identity, teacher: Artifact, store: Store, *, force: bool = False
+    config: RunConfig,
+    identity: Identity,
+    teacher: Artifact,
+    store: Store,
+    *,
+    stats: Artifact | None = None,
+    force: bool = False,
 ) -> Artifact:
     """Compress `teacher` as `config.method` says and publish it; CompressError if that cannot be done."""
     began = time.monotonic()
     dense = load_model(teacher)
     try:
-        method = METHODS[config.method.name](config.method)
-        plan = method.plan(dense.spec, budget_of(config.budget), None)
-        compressed = method.compress(dense, plan, None, seed=config.seed)
+        measured = load_stats(stats.folder()) if stats else None
+        method = make_method(config.method)
+        plan = make_plan(method, dense, budget_of(config.budget), measured)
+        compressed = method.compress(dense, plan, measured, seed=config.seed)
     except ModelError as err:
         raise CompressError(f"{identity.address}: {err}") from err
     counted = sum(parameter.numel() for parameter in compressed.model.parameters())

@@ -362,7 +362,7 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationConfig:
-    """The tokens that statistics are collected on; always from the training split."""
+    """The tokens that statistics are collected on, always of the training split."""
 
     sequences: int = 128
     """Sequences, each of `length` tokens."""
@@ -375,6 +375,33 @@ class CalibrationConfig:
 
     skip_first_tokens: int = 0
     """Leave out the first positions of every sequence."""
+
+    fisher: Literal["sequence", "token"] = "sequence"
+    """Squares of the gradient of a sequence, or sums of the squares of the gradients of its tokens."""
+
+    labels: Literal["observed", "sampled"] = "observed"
+    """Gradients of the loss of the text's next token, or of one drawn from the teacher (true Fisher)."""
+
+    delta_trim: float = 0.125
+    """Share of positions at each end of a sequence that `delta_gram` leaves out."""
+
+    delta_clip: float = 10.0
+    """Longest output gradient of a token in `delta_gram`, in mean lengths over its sequence."""
+
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)
+    """Where to measure; sums are float64."""
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or not 0 <= self.skip_first_tokens <= self.length - 2:
+            raise ConfigError(
+                f"calibration.sequences={self.sequences} must be at least 1, and calibration.length="
+                f"{self.length} exceed calibration.skip_first_tokens={self.skip_first_tokens} by 2"
+            )
+        if not 0.0 <= self.delta_trim < 0.5 or self.delta_clip <= 0.0:
+            raise ConfigError(
+                f"calibration.delta_trim={self.delta_trim} must lie in [0, 0.5), "
+                f"calibration.delta_clip={self.delta_clip} above 0"
+            )
 
 
 # --- evaluation, Ray, tracking ------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ class Session:
         config = self._config
         return TrainError(
             f"step {step:,}: {what} is not a finite number; lower train.lr (now {config.lr:g}) or "
-            f"train.grad_clip (now {config.grad_clip:g}), or raise train.warmup_steps (now {config.warmup_steps})"
+            f"train.grad_clip (now {config.grad_clip:g}), "
+            f"or raise train.warmup_steps (now {config.warmup_steps})"
         )
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ class RandomInit:
 
     name: Literal["random_init"] = "random_init"
 
-    of: AnyKron | AnyLowRank | AnyStructural = field(default_factory=KronVL, metadata={"discriminator": "name"})
+    of: AnyKron | AnyLowRank | AnyStructural = field(
+        default_factory=KronVL, metadata={"discriminator": "name"}
+    )
     """The method whose structure is filled at random; its other settings only shape the plan."""
 
     gauge: Gauge = "rms"

@@ -8,8 +8,14 @@ import torch
 from torch.testing import assert_close
 
 from model.algebra.activation import activation_kron
-from model.algebra.activation_permute import first_order_unit_metric, permuted_activation_kron_pair
-from model.algebra.alternate import Solver
+from model.algebra.activation_permute import (
+    _Move,
+    _Problem,
+    _Side,
+    first_order_unit_metric,
+    permuted_activation_kron_pair,
+)
+from model.algebra.alternate import DEFAULT_SOLVER, Solver
 from model.algebra.nystrom import greedy_keep, refit, selection_loss
 from model.algebra.permute import permuted_kron_pair
 from model.algebra.psd import centred, metric_loss
@@ -157,6 +163,49 @@ def test_it_is_deterministic_and_refuses_what_does_not_fit():
         mlp.order(SHAPES[0], refit_iter=0)
     with pytest.raises(ModelError, match="8x24 weight"):
         permuted_activation_kron_pair(mlp.down, mlp.up, mlp.inputs, mlp.hidden, SHAPES[0], terms=1)
+
+
+def test_the_majoriser_is_above_the_true_change_and_exact_without_coupling():
+    mlp, stored = Mlp(0), torch.arange(HIDDEN)
+    generator = np.random.default_rng(0)
+    up = _Side.of(mlp.up, SHAPES[0], mlp.inputs, None)
+    down = _Side.of(mlp.down, SHAPES[0].transposed(), None, mlp.hidden)
+    problem = _Problem(up, down, 1, DEFAULT_SOLVER, DEFAULT_SOLVER, "rms")
+    for side in (up, down):
+        fit = side.fit(stored, None, problem, from_scratch=True)
+        move = _Move.of(side, stored, fit)
+        assert move.before == pytest.approx(side.share * fit.loss)
+        assert move.after(stored) == pytest.approx(move.before)
+        for _ in range(20):
+            order = stored.clone()  # a few exchanges, or all places anew
+            some = torch.from_numpy(generator.permutation(HIDDEN)[: generator.integers(2, HIDDEN)])
+            order[some] = some[torch.from_numpy(generator.permutation(len(some)))]
+            cost = move.fixed if move.curve is None else move.fixed + HIDDEN * move.curve
+            predicted = float((cost[stored, order] - cost[stored, stored]).sum())
+            true = move.after(order) - move.before
+            assert predicted >= true - 1e-12
+            if move.curve is None:
+                assert predicted == pytest.approx(true, abs=1e-10)
+
+
+def test_an_accepted_order_is_better_with_the_same_factors():
+    accepted = 0
+    for seed in range(0, 50, 10):
+        mlp, stored = Mlp(seed), torch.arange(HIDDEN)
+        up = _Side.of(mlp.up, SHAPES[0], mlp.inputs, None)
+        down = _Side.of(mlp.down, SHAPES[0].transposed(), None, mlp.hidden)
+        problem = _Problem(up, down, 1, DEFAULT_SOLVER, DEFAULT_SOLVER, "rms")
+        fit_up, fit_down = (side.fit(stored, None, problem, from_scratch=True) for side in (up, down))
+        found = problem.better_order(stored, fit_up, fit_down, tau=1.0)
+        if found is None:
+            continue
+        order, accepted = found[0], accepted + 1
+        new_up, new_down = fit_up.dense(), fit_down.dense()
+        back_up, back_down = torch.empty_like(new_up), torch.empty_like(new_down)
+        back_up[:, order], back_down[order] = new_up, new_down
+        losses = mlp.losses(back_up, back_down)
+        assert up.share * losses[0] + down.share * losses[1] < problem.total(fit_up, fit_down)
+    assert accepted >= 3
 
 
 def test_the_unit_metric_is_the_output_error_of_small_changes():

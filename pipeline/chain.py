@@ -16,7 +16,8 @@ from typing import Any
 
 from model.compress.recipe import SEEDED_METHODS
 from pipeline.config.identity import identity_fields
-from pipeline.config.schema import BpeTokenizer, HubTeacher, RunConfig
+from pipeline.config.schema import HubTeacher, RunConfig
+from pipeline.config.sources import BpeTokenizer
 from pipeline.data.corpora import source_of
 from pipeline.errors import ConfigError
 from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol

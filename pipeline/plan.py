@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.chain import chain
 from pipeline.config.load import Study, to_json
-from pipeline.config.schema import BpeTokenizer, HubTeacher, RunConfig
+from pipeline.config.schema import HubTeacher, RunConfig
+from pipeline.config.sources import BpeTokenizer
 from pipeline.errors import CompressError
 from pipeline.progress import duration
 from pipeline.store.artifacts import Identity, Store

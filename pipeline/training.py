@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.identity import identity_fields
-from pipeline.config.schema import ScratchTeacher, TrainConfig
+from pipeline.config.schema import ScratchTeacher
+from pipeline.config.training import TrainConfig
 from pipeline.errors import Interrupted, KronyError
 from pipeline.interrupt import stop_on_signal
 from pipeline.progress import Progress

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.chain import Chain, chain
-from pipeline.config.schema import BpeTokenizer, DataConfig, FilesCorpus, RayConfig, RunConfig
+from pipeline.config.schema import RayConfig, RunConfig
+from pipeline.config.sources import BpeTokenizer, DataConfig, FilesCorpus
 from pipeline.data import prepare
 from pipeline.data.corpora import build_corpus
 from pipeline.data.encode import Job

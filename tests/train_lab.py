@@ -17,7 +17,7 @@ import torch
 from model.config import GPT2Config, Kron, ModelSpec
 from model.export import load_native, save_native
 from model.gpt2 import GPT2
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.store.location import Location
 from pipeline.train.request import FitRequest, FitResult

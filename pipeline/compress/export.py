@@ -92,7 +92,7 @@ def _difference(model: GPT2, reopened: torch.nn.Module, address: str) -> float:
     limit = TOLERANCE * max(1.0, float(expected.abs().max()))
     if not difference <= limit:
         raise CompressError(
-            f"{address}: the reopened {type(reopened).__name__} differs by {difference:.2g} in a logit, at most "
-            f"{limit:.2g} is rounding; the export is not published"
+            f"{address}: the reopened {type(reopened).__name__} differs by {difference:.2g} in a logit, "
+            f"at most {limit:.2g} is rounding; the export is not published"
         )
     return difference

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.schema import Corpus, FilesCorpus, OpenWebTextCorpus, PydocsCorpus, RayConfig
+from pipeline.config.schema import RayConfig
+from pipeline.config.sources import Corpus, FilesCorpus, OpenWebTextCorpus, PydocsCorpus
 from pipeline.data.documents import CorpusError, Document, Partition
 from pipeline.data.files import LocalFiles
 from pipeline.data.openwebtext import OpenWebText

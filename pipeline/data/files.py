@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.config.schema import FilesCorpus
+from pipeline.config.sources import FilesCorpus
 from pipeline.data.documents import CorpusError, Document, Partition
 
 READER = 1

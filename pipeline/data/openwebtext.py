@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import OpenWebTextCorpus
+from pipeline.config.sources import OpenWebTextCorpus
 from pipeline.data.documents import CorpusError, Document, Partition
 from pipeline.data.files import digest
 

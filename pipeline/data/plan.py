@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.sources import DataConfig
 from pipeline.data.rows import Range
 from pipeline.data.shards import ShardError
 from pipeline.data.splits import Positions

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.cluster import connect
-from pipeline.config.schema import DataConfig, RayConfig, RunConfig
+from pipeline.config.schema import RayConfig, RunConfig
+from pipeline.config.sources import DataConfig
 from pipeline.data.corpora import source_of
 from pipeline.data.documents import KEY_BYTES, CorpusError
 from pipeline.data.encode import Job, finished, make_shard

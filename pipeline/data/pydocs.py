@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.config.schema import PydocsCorpus
+from pipeline.config.sources import PydocsCorpus
 from pipeline.data.docstrings import MIN_DOCUMENT, clean, description, docstrings, is_new, is_prose, topics
 from pipeline.data.documents import CorpusError, Document, Partition
 

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from pipeline.config.schema import BpeTokenizer, DataConfig, RunConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.sources import BpeTokenizer, DataConfig
 from pipeline.errors import DataError
 from pipeline.store.artifacts import Artifact, Identity, Store
 

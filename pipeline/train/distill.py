@@ -11,7 +11,7 @@ from model.config import ModelError
 from model.export import load_native
 from model.gpt2 import GPT2, Attention
 from model.losses import attention_sum, chunked_distillation_sum, hidden_sum
-from pipeline.config.schema import DistillConfig
+from pipeline.config.training import DistillConfig
 from pipeline.errors import TrainError
 from pipeline.train.request import FitRequest
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers.structured import parameter_tags
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.errors import TrainError
 
 _FUSED = ("cpu", "cuda")

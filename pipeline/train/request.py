@@ -6,7 +6,7 @@ Loads no torch, so that a driver can build a request and hand it to a worker gro
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.store.location import Location
 
 Row = Mapping[str, float]

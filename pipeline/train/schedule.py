@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pipeline.config.schema import FilesCorpus, RayConfig
+from pipeline.config.schema import RayConfig
+from pipeline.config.sources import FilesCorpus
 from pipeline.data import prepare
 from pipeline.data.corpora import build_corpus, corpus_identity
 from pipeline.data.documents import CorpusError

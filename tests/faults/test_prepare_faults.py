@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.schema import FilesCorpus, RayConfig
+from pipeline.config.schema import RayConfig
+from pipeline.config.sources import FilesCorpus
 from pipeline.data import prepare
 from pipeline.data.batches import TokenStream
 from pipeline.data.corpora import build_corpus

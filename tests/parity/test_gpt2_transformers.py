@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.compress.budget import Budget
-from model.compress.methods import make_method
 from model.compress.kron_recipe import KronPrune, KronVL
+from model.compress.methods import make_method
 from model.config import SIZES, GPT2Config, ModelSpec
 from model.export import save_stock
 from model.gpt2 import GPT2

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from pipeline.config.schema import PydocsCorpus
+from pipeline.config.sources import PydocsCorpus
 from pipeline.data.corpora import documents, source_of
 from pipeline.data.tokenizer import (
     PATTERN,

@@ -9,8 +9,8 @@ import torch
 from model.algebra.kron import rearrange
 from model.algebra.shapes import KronShape
 from model.compress.budget import Budget
-from model.compress.methods import make_method
 from model.compress.kron_recipe import KronPrune, KronVL
+from model.compress.methods import make_method
 from model.compress.recipe import Dense, RandomInit
 from model.config import GPT2Config, ModelError, ModelSpec
 from model.export import load_native, save_native, to_dense

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.sources import DataConfig
 from pipeline.data import plan as planning
 from pipeline.data.plan import ShardPlan, make_plan, plan_shards, shard_bytes
 from pipeline.data.shards import ShardError

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.config.schema import LrMultipliers
+from pipeline.config.training import LrMultipliers
 from pipeline.train.optimizer import build_optimizer
 from pipeline.train.session import Session
 from pipeline.train.topology import Topology

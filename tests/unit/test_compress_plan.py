@@ -5,8 +5,8 @@ import pytest
 from model.algebra.shapes import legal_shapes
 from model.compress.budget import Budget
 from model.compress.contract import StatsSpec
-from model.compress.methods import METHODS, make_method
 from model.compress.kron_recipe import KronPrune, KronVL
+from model.compress.methods import METHODS, make_method
 from model.compress.recipe import Dense, MethodRecipe, RandomInit
 from model.config import SIZES, Kron, ModelError, ModelSpec
 

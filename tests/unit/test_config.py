@@ -9,7 +9,8 @@ from model.compress.kron_recipe import KronPrune, KronVL
 from pipeline.config.arguments import parse
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import load_study, to_json
-from pipeline.config.schema import FilesCorpus, RunConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.sources import FilesCorpus
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,7 +15,8 @@ from model.losses import (
     hidden_sum,
 )
 from pipeline.config.load import load_study
-from pipeline.config.schema import DistillConfig, ScratchTeacher, TrainConfig
+from pipeline.config.schema import ScratchTeacher
+from pipeline.config.training import DistillConfig, TrainConfig
 from pipeline.errors import ConfigError, TrainError
 from pipeline.store.location import Location
 from pipeline.train.distill import Distillation

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import FilesCorpus
+from pipeline.config.sources import FilesCorpus
 from pipeline.data import files
 from pipeline.data.corpora import corpus_identity, documents, source_of
 from pipeline.data.documents import CorpusError

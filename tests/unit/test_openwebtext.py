@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import OpenWebTextCorpus
+from pipeline.config.sources import OpenWebTextCorpus
 from pipeline.data.corpora import corpus_identity, documents, source_of
 from pipeline.data.documents import CorpusError
 from pipeline.data.openwebtext import OpenWebText, fetch

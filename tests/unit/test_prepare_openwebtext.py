@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import BpeTokenizer, DataConfig, OpenWebTextCorpus, RunConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.sources import BpeTokenizer, DataConfig, OpenWebTextCorpus
 from pipeline.data import prepare
 from pipeline.data.documents import document_id
 from pipeline.data.shards import open_shard

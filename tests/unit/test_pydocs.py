@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline.config.schema import PydocsCorpus
+from pipeline.config.sources import PydocsCorpus
 from pipeline.data.corpora import corpus_identity, documents, source_of
 from pipeline.data.docstrings import clean, description, docstrings, is_prose, topics
 from pipeline.data.documents import CorpusError, Partition, document_id

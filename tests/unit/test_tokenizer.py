@@ -9,7 +9,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import PydocsCorpus
+from pipeline.config.sources import PydocsCorpus
 from pipeline.data.corpora import documents, source_of
 from pipeline.data.tokenizer import (
     EOT,

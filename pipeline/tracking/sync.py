@@ -40,13 +40,24 @@ def sync(store: Store, *, uri: str, experiment: str) -> list[str]:
             if isinstance(tracker, NullTracker):
                 raise PreflightError(f"tracking.uri={uri}: cannot be opened, nothing was sent")
             tracker.params(flatten(_asked(store, artifact)))
-            tracker.tags({"krony.address": record.address})
+            tracker.tags({"krony.address": record.address, **_origin(artifact)})
+            if "tokens" in record.inputs:
+                tokens = store.open(record.inputs["tokens"].address)
+                tracker.dataset(tokens.record.name, digest=tokens.record.digest, source=tokens.location.uri)
             replay(tracker, rows)
             tracker.metrics(record.metrics, step=int(rows[-1]["step"]))
             tracker.link(record.kind, artifact.location.uri, digest=record.digest)
             tracker.close("FINISHED")
             told.append(record.address)
     return told
+
+
+def _origin(artifact: Artifact) -> dict[str, str]:
+    origin = artifact.record.provenance
+    return {
+        "mlflow.source.name": " ".join(origin.get("argv", [])),
+        "mlflow.source.git.commit": str(origin.get("commit", "")),
+    }
 
 
 def _asked(store: Store, artifact: Artifact) -> Mapping[str, Any]:

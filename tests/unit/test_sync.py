@@ -13,7 +13,8 @@ from pipeline.tracking.tracker import open_tracker
 
 TEACHER = Identity("teacher", "scratch", {"n_layer": 2, "seed": 3, "train": {"lr": 0.1}})
 INIT = Identity("init", "kron_vl", {"method": {"name": "kron_vl", "shape": [4, 2]}}, {"teacher": TEACHER})
-RUN = Identity("run", "kron_vl-s1", {"train": {"lr": 0.01}, "seed": 1}, {"init": INIT})
+TOKENS = Identity("tokens", "words", {"split": "hash"})
+RUN = Identity("run", "kron_vl-s1", {"train": {"lr": 0.01}, "seed": 1}, {"init": INIT, "tokens": TOKENS})
 PUBLISHED = Identity("teacher", "gpt2", {"id": "gpt2"})
 
 
@@ -30,7 +31,7 @@ def build(store: Store, identity: Identity, *, steps: int) -> Artifact:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     filled = Store(str(tmp_path / "store"))
-    for identity, steps in ((TEACHER, 4), (PUBLISHED, 0), (INIT, 0), (RUN, 6)):
+    for identity, steps in ((TEACHER, 4), (PUBLISHED, 0), (TOKENS, 0), (INIT, 0), (RUN, 6)):
         build(filled, identity, steps=steps)
     return filled
 
@@ -57,6 +58,7 @@ def test_runs_that_mlflow_never_heard_of_arrive_whole(store: Store):
     assert run.data.tags["sha256.run"] == store.require(RUN).record.digest
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 6
     assert run.data.metrics["parameters"] == 1234
+    assert run.inputs.dataset_inputs[0].dataset.digest == store.require(TOKENS).record.digest[:36]
     assert found[TEACHER.address].data.params["teacher.train.lr"] == "0.1"
 
 

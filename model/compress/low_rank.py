@@ -158,9 +158,10 @@ class LowRankMethod:
             return 0.0
         if layer.bias is None or layer.n_bias < layer.n_out:
             raise ModelError(f"{self.name} corrects biases, and an output of this model has none")
-        bias, lost = layer.bias.double(), weight - layer.weight_matrix().double()
-        layer.bias.copy_(corrected_bias(bias, mean=metric.mean, difference=lost))
-        left = metric.mean @ lost + bias - layer.bias.double()
+        lost = weight - layer.weight_matrix().double()
+        best = corrected_bias(layer.bias, mean=metric.mean, difference=lost)
+        layer.bias.copy_(best)
+        left = best - layer.bias.double()
         return metric_loss(left[None, :], output_metric=metric.output)
 
 

@@ -88,6 +88,8 @@ def _join(ray: "ModuleType", address: str) -> "Iterator[ModuleType]":
     env = runtime_env()
     if "RAY_JOB_ID" not in os.environ and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         env = env | {"working_dir": str(PROJECT)}
+    # A job may name variables that we hand on too; without this Ray refuses to know one from two sides.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     target = os.environ.get("RAY_ADDRESS", address) if address.startswith("http") else address
     if target.startswith("http"):
         raise PreflightError(

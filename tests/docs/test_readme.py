@@ -67,6 +67,7 @@ def test_the_readme_shows_commands_that_are_tested():
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUNNING)
 def test_the_commands_of_a_page_run(page: str, copy: Path):
     script = "\n".join(block.text for block in ALL if block.page == page and block.runs)
@@ -80,7 +81,7 @@ def test_the_commands_of_a_page_run(page: str, copy: Path):
         env=surroundings,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"

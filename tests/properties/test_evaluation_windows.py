@@ -35,9 +35,7 @@ MODEL = Prefix()
 
 
 def protocol(**changes: object) -> Protocol:
-    return Protocol(
-        **{"id": "test", "text": "t", "about": "A test.", "window": 8, "stride": 8} | changes
-    )
+    return Protocol(**{"id": "test", "text": "t", "about": "A test.", "window": 8, "stride": 8} | changes)
 
 
 def sequence(ids: list[int], ends: list[int] | None = None) -> TokenSequence:

@@ -120,7 +120,7 @@ class Session:
         torch.manual_seed(_step_seed(self._request.seed, self.step, self._topology.rank))
         self._buffer.zero_()
         for part in micro_batches(len(inputs), self._config.micro_batch):
-            self._buffer.backward(self._loss(inputs[part], targets[part]) / self._config.batch_tokens)
+            self._accumulate(inputs[part], targets[part])
         loss = self._buffer.reduce_(self._topology)
         norm = self._buffer.clip_(self._config.grad_clip)
         lr = rate_at(self.step, self._config)
@@ -217,14 +217,25 @@ class Session:
             f"or raise train.warmup_steps (now {config.warmup_steps})"
         )
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _accumulate(self, inputs: Tensor, targets: Tensor) -> None:
+        """Forward and backward of one micro-batch."""
+        config = self._config
         try:
             with self._autocast():
-                return self._objective(inputs, targets)
+                loss = self._objective(inputs, targets)
+            self._buffer.backward(loss / config.batch_tokens)
         except torch.OutOfMemoryError as err:
             raise TrainError(
                 f"step {self.step:,}: out of memory with {len(inputs)} rows of {inputs.shape[1]} tokens on "
-                f"{self._topology.device}; lower train.micro_batch (now {self._config.micro_batch})"
+                f"{self._topology.device}; lower train.micro_batch (now {config.micro_batch})"
+            ) from err
+        except RuntimeError as err:
+            if not config.compile or self._last is not None:  # a compiler fails in the first step, or never
+                raise
+            first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+            raise TrainError(
+                f"train.compile: the compiler failed on this model or machine ({first}); "
+                "set train.compile=false, the result is the same"
             ) from err
 
     def _rows(self) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.data.batches import TokenStream
+from pipeline.errors import TrainError
 from pipeline.tracking.jsonl import HistoryWriter, read_history
 from pipeline.train.local import fit
 
@@ -162,3 +163,39 @@ def test_bf16_learns_and_keeps_fp32_weights(lab, undisturbed, tmp_path):
     outcome = lab.fit(lab.request(tmp_path / "run", precision="bf16"))
     assert outcome.result.metrics["val_loss"] == pytest.approx(whole.result.metrics["val_loss"], rel=0.02)
     assert {value.dtype for value in lab.weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_a_wish_for_a_checkpoint_is_met_and_training_goes_on(lab, undisturbed, tmp_path):
+    from pipeline.train.loop import Hooks, run
+    from pipeline.train.topology import Topology
+
+    whole_run, whole = undisturbed
+    other = tmp_path / "run"
+    steps: list[float] = []
+    hooks = Hooks(
+        on_log=lambda row: steps.append(row["step"]),
+        on_history=steps.extend,
+        on_note=print,
+        should_stop=lambda: False,
+        should_save=lambda: steps[-1] == 12,  # a notice that this node will be taken away
+    )
+    request = lab.request(other, log_every=3, keep_checkpoints=9)
+    result = run(request, Topology(rank=0, world=1, device=torch.device("cpu")), hooks)
+    assert result.metrics == whole.result.metrics
+    assert (other / "checkpoints/step-00000012.json").exists()
+    assert not (other / "checkpoints/step-00000009.json").exists()
+    assert_same_run(lab, other, whole_run)
+
+
+def test_a_compiler_that_fails_is_said_in_one_line(lab, tmp_path, monkeypatch):
+    def broken(model):
+        def forward(inputs, targets):
+            raise RuntimeError("C++ compile error\nand a long story")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        TrainError, match=r"the compiler failed .*\(C\+\+ compile error\); set train.compile=false"
+    ):
+        lab.fit(lab.request(tmp_path / "run", compile=True))

@@ -71,6 +71,11 @@ def test_all_sources_are_sent_and_nothing_else(checkout: Path):
     }
 
 
+def test_a_job_gets_packages_configs_and_what_names_its_environment():
+    sent = {name.split("/")[0] for name in submit.plan_upload().files}
+    assert sent == {*PACKAGES, ".gitignore", ".rayignore", "LICENSE", "constraints.txt", "pyproject.toml"}
+
+
 def test_what_is_shown_is_what_ray_packs(checkout: Path, tmp_path: Path):
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package

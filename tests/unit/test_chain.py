@@ -77,3 +77,93 @@ heavy = {"torch", "ray", "mlflow", "transformers", "datasets", "pandas"} & set(s
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def needing(method: str, *flags: str) -> Chain:
+    return links("--method.name", method, *flags)
+
+
+def test_methods_with_equal_needs_share_their_statistics() -> None:
+    assert links().stats is None
+    assert all(i.kind != "stats" for i in links().identities())
+    stats = {name: needing(name).stats for name in ("svdllm", "svdllm_bc", "kron_act", "asvd", "kfac_svd")}
+    assert stats["svdllm"] == stats["svdllm_bc"] == stats["kron_act"]
+    assert len({each.address for each in stats.values()}) == 3
+    assert stats["kfac_svd"].name == "delta_gram-gram"
+    built = [i.address for i in needing("svdllm").identities()]
+    assert built.index(needing("svdllm").stats.address) == built.index(needing("svdllm").init.address) - 1
+    two_sided = needing("fwsvd", "--method.weights", "row_col")
+    assert two_sided.stats.config["needs"] == ["col_fisher", "row_fisher"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "forked"),
+    [
+        ("seed", "1", {"svdllm", "fwsvd", "kfac_svd"}),
+        ("skip-first-tokens", "1", {"svdllm", "fwsvd", "kfac_svd"}),
+        ("labels", "sampled", {"fwsvd", "kfac_svd"}),
+        ("fisher", "token", {"fwsvd"}),
+        ("delta-clip", "3.0", {"kfac_svd"}),
+        ("device", "cpu", set()),
+    ],
+)
+def test_a_calibration_setting_forks_only_what_it_can_change(
+    setting: str, value: str, forked: set[str]
+) -> None:
+    for name in ("svd", "svdllm", "fwsvd", "kfac_svd"):
+        base, other = needing(name), needing(name, f"--calibration.{setting}", value)
+        assert (base.init.address != other.init.address) == (name in forked)
+        assert base.teacher.address == other.teacher.address
+
+
+def test_a_method_without_needs_keeps_the_address_it_had_before_statistics() -> None:
+    from model.compress.low_rank_recipe import SVD
+    from pipeline.config.identity import identity_fields
+    from pipeline.store.artifacts import Identity
+
+    found = needing("svd", "--method.rank", "3", "--calibration.seed", "9")
+    config = load_study(None).first
+    fields = {"method": identity_fields(SVD(rank=3)), "budget": identity_fields(config.budget)}
+    assert found.init == Identity("init", "svd", fields, {"teacher": found.teacher}, 1)
+
+
+def test_sequences_longer_than_the_context_are_refused_where_they_matter() -> None:
+    from pipeline.errors import ConfigError
+
+    long = ("--calibration.length", "512")
+    assert links(*long).stats is None
+    with pytest.raises(
+        ConfigError, match=r"calibration\.length=512 is longer than the teacher's context, 256"
+    ):
+        needing("svdllm", *long)
+    for flags in (("--calibration.sequences", "0"), ("--calibration.skip-first-tokens", "255")):
+        with pytest.raises(ConfigError, match=r"calibration\.sequences="):
+            needing("svdllm", *flags)
+    with pytest.raises(ConfigError, match=r"delta_trim=0\.5 must lie in \[0, 0\.5\)"):
+        links("--calibration.delta-trim", "0.5")
+
+
+def test_a_plan_is_exact_or_says_that_it_is_a_cap(tmp_path: Path) -> None:
+    import json
+
+    from pipeline.plan import describe
+
+    text = """
+budget = { params = 1_000_000, tolerance = 0.05 }
+[[variants]]
+name = "even"
+method = { name = "svdllm" }
+[[variants]]
+name = "gain"
+method = { name = "svdllm" }
+budget = { allocate = "greedy_gain" }
+"""
+    (tmp_path / "study.toml").write_text(f'store = "{tmp_path}/store"\n' + text)
+    study = load_study(tmp_path / "study.toml")
+    even, gain = json.loads(describe(study, as_json=True))["variants"]
+    assert (even["exact"], gain["exact"]) == (True, False)
+    assert even["parameters"] <= gain["parameters"] == 1_000_000
+    assert gain["macs_per_token"] is None
+    shown = describe(study)
+    assert "≤ 1,000,000" in shown
+    assert "stats/gram-" in shown

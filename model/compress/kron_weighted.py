@@ -141,9 +141,9 @@ def correct_bias(layer: KroneckerLinear, weight: Tensor, mean: Tensor | None) ->
         return 0.0
     if layer.bias is None or layer.n_bias < layer.n_out:
         raise ModelError("bias_correction needs a bias at every output, and one of this model has none")
-    before, lost = layer.bias.double(), weight.double() - layer.weight_matrix().double()
-    layer.bias.copy_(corrected_bias(before, mean=mean, difference=lost))
-    return float((mean.double() @ lost + before - layer.bias.double()).square().sum())
+    best = corrected_bias(layer.bias, mean=mean, difference=weight.double() - layer.weight_matrix().double())
+    layer.bias.copy_(best)
+    return float((best - layer.bias.double()).square().sum())
 
 
 def solver_of(config: Alternating) -> Solver:

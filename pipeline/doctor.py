@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from pipeline.cluster import connect
 from pipeline.config.schema import RunConfig
 from pipeline.errors import KronyError, PreflightError
@@ -71,22 +73,23 @@ def _lock() -> str:
     lock = PROJECT / "constraints.txt"
     if not lock.is_file():
         return "no constraints.txt here: versions are not compared"
-    wrong = list(_differences(lock.read_text().splitlines()))
+    wrong = list(_differences([line for line in lock.read_text().splitlines() if line.strip()]))
     if wrong:
         raise PreflightError(
-            f"installed packages differ from the lock: {', '.join(wrong[:5])}; run `make setup`"
+            f"installed packages differ from the lock: {', '.join(wrong[:5])}; run `make bootstrap`"
         )
     return "installed packages are those of constraints.txt"
 
 
 def _differences(lines: list[str]) -> Iterator[str]:
     for line in lines:
-        name, _, rest = line.partition("==")
-        wanted = rest.split(";")[0].strip()
-        with suppress(metadata.PackageNotFoundError):  # a line for another platform
-            found = metadata.version(name.strip())
-            if wanted and found.split("+")[0] != wanted:
-                yield f"{name} {found} (lock: {wanted})"
+        pin = Requirement(line)
+        if pin.marker and not pin.marker.evaluate():
+            continue  # a line for another platform or another Python
+        with suppress(metadata.PackageNotFoundError):  # of an extra that is not installed
+            found = metadata.version(pin.name)
+            if not pin.specifier.contains(found, prereleases=True):
+                yield f"{pin.name} {found} (lock: {pin.specifier})"
 
 
 def _torch() -> str:

@@ -8,7 +8,7 @@ and with G = I nothing is inverted at all and ||K|| <= ||W||.
 # m, n rows and columns of W (in, out) · r rank · C input metric, G output metric: matrix, or vector if
 # diagonal
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ def low_rank(
         raise ModelError(f"rank {rank} of a {tuple(weight.shape)} weight: choose 1 to {min(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"weight {tuple(weight.shape)} holds NaN or infinity; nothing can be fitted to it")
+    if _is_wide(weight, output_metric):  # the same problem from the other side
+        turned = low_rank(weight.mT, rank=rank, input_metric=output_metric, output_metric=input_metric)
+        first, second = balance(turned.second.mT, turned.first.mT)
+        return replace(turned, first=first, second=second)
     energy = metric_loss(weight, input_metric=input_metric, output_metric=output_metric)
     output = None if output_metric is None else psd_roots(output_metric)
     target = weight if output is None else times(output.root, weight.mT).mT
@@ -95,6 +99,22 @@ def low_rank(
         loss = max(0.0, metric_loss(rest, input_metric=input_metric, output_metric=output_metric))
     first, second = balance(first, second)
     return LowRankFit(first=first, second=second, sigma=sigma, loss=loss, energy=energy)
+
+
+def metric_values(
+    weight: Tensor, *, input_metric: Tensor | None = None, output_metric: Tensor | None = None
+) -> Tensor:
+    """Singular values of C^1/2 W G^1/2, descending, (min(m, n),): squared, what each rank is worth."""
+    if _is_wide(weight, output_metric):
+        return metric_values(weight.mT, input_metric=output_metric, output_metric=input_metric)
+    root = None if output_metric is None else psd_roots(output_metric).root
+    target = weight.double() if root is None else times(root, weight.mT).mT
+    return top_right_vectors(target, rank=1, metric=input_metric)[1]
+
+
+def _is_wide(weight: Tensor, output_metric: Tensor | None) -> bool:
+    """Whether the root of a full output metric would be the dear one: the transpose needs only that of C."""
+    return output_metric is not None and output_metric.ndim == 2 and weight.shape[0] < weight.shape[1]
 
 
 def top_right_vectors(weight: Tensor, *, rank: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:

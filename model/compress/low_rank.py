@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from model.algebra.bias import corrected_bias
-from model.algebra.low_rank import asvd_metric, low_rank, top_right_vectors
-from model.algebra.psd import centred, metric_loss, psd_roots, shrink, times
+from model.algebra.low_rank import asvd_metric, low_rank, metric_values
+from model.algebra.psd import centred, metric_loss, shrink
 from model.compress.assemble import report_module, transplant
 from model.compress.budget import Budget
 from model.compress.contract import CompressedModel, Gains, ModuleReport, Plan, Stats, StatsSpec, Unmeasured
@@ -99,10 +99,7 @@ class LowRankMethod:
         found: dict[str, tuple[float, ...]] = {}
         for site in target_sites(model.spec, self.config):
             metric, weight = self._metric(stats, site.name), model.site(site.name).weight_matrix().detach()
-            weight = weight.double()
-            if metric.output is not None:
-                weight = times(psd_roots(metric.output).root, weight.mT).mT
-            values = top_right_vectors(weight, rank=1, metric=metric.input)[1].square()
+            values = metric_values(weight, input_metric=metric.input, output_metric=metric.output).square()
             total = float(values.sum())
             scale = total if metric.output is None and total > 0 else 1.0
             found[site.name] = tuple((values / scale).tolist())

@@ -74,29 +74,35 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 def killed_after(words: list[str], stages: int, *, delay_s: float) -> tuple[int, list[str]]:
     """Run until so many stages were built in this process, then SIGKILL; exit code and the stages built."""
-    process = start(words)
-    assert process.stderr
-    assert process.stdout
-    drain = threading.Thread(target=process.stdout.read)
-    drain.start()
     built = []
-    for line in process.stderr:
-        if found := re.match(r"(\w+) +built · (\S+)", line):
-            built.append(found[2])
-            if len(built) == stages:
-                threading.Timer(delay_s, process.send_signal, [signal.SIGKILL]).start()
-    code = process.wait()
-    drain.join()
+    with start(words) as process:
+        assert process.stderr
+        assert process.stdout
+        drain = threading.Thread(target=process.stdout.read)
+        drain.start()
+        for line in process.stderr:
+            if found := re.match(r"(\w+) +built · (\S+)", line):
+                built.append(found[2])
+                if len(built) == stages:
+                    threading.Timer(delay_s, process.send_signal, [signal.SIGKILL]).start()
+        code = process.wait()
+        drain.join()
     return code, built
+
+
+def quiet_run(words: list[str]) -> tuple[str, str]:
+    """Output and progress of a run that nobody disturbs."""
+    with start(words) as process:
+        output, progress = process.communicate()
+    assert process.returncode == 0, progress
+    return output, progress
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_killed_in_every_stage_it_ends_with_the_table_of_a_quiet_run(tmp_path: Path) -> None:
-    quiet = start(command(tmp_path, "quiet"))
-    expected, errors = quiet.communicate()
-    assert quiet.returncode == 0, errors
+    expected = quiet_run(command(tmp_path, "quiet"))[0]
     words = command(tmp_path, "killed")
     built: list[str] = []
     kills = 0
@@ -110,10 +116,8 @@ def test_killed_in_every_stage_it_ends_with_the_table_of_a_quiet_run(tmp_path: P
         kills += 1
         time.sleep(0.5)
     assert kills >= 5, "too few kills to mean anything"
-    last = start(words)
-    table, errors = last.communicate()
-    assert last.returncode == 0, errors
-    assert "built" not in errors
+    table, progress = quiet_run(words)
+    assert "built" not in progress
     assert table.replace("killed-report", "quiet-report") == expected
     stores = [Store(tmp_path / name) for name in ("quiet", "killed")]
     digests = [

@@ -52,7 +52,6 @@ def test_two_workers_are_the_plain_loop(lab, undisturbed, tmp_path):
     assert {path.name for path in run.iterdir()} == {"config.json", "model.safetensors", "checkpoints"}
 
 
-@pytest.mark.skip(reason="races on a busy machine: to be made independent of when the driver hears of a step")
 def test_a_killed_worker_costs_time_and_nothing_else(ray_local, lab, undisturbed, tmp_path, capsys):
     run, result, rows = undisturbed
     killed: list[int] = []

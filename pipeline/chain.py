@@ -106,8 +106,9 @@ def chain(config: RunConfig) -> Chain:
 
 
 def protocols(config: RunConfig) -> list[Protocol]:
-    """The protocols that a config names, as its model can follow them (`@ctx` for a short context)."""
-    return [get_protocol(name).at_context(_context(config)) for name in config.eval.protocols]
+    """The protocols that a config names, as its model can follow them and as far as it reads them."""
+    named = (get_protocol(name).at_context(_context(config)) for name in config.eval.protocols)
+    return [protocol.at_tokens(config.eval.max_tokens or protocol.limit) for protocol in named]
 
 
 def scores_identity(protocol: Protocol, model: Identity, tokens: Identity) -> Identity:

@@ -151,11 +151,18 @@ class EvalConfig:
     texts: str = ""
     """Folder with local evaluation texts; empty lets `datasets` fetch pinned revisions."""
 
+    max_tokens: int = 0
+    """Read only the first tokens of each text, and say so in the protocol's id (`@first…`); 0 reads all."""
+
     batch: int = field(default=8, metadata=NOT_IDENTITY)
     """Windows per forward pass."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=NOT_IDENTITY)
     """Where to evaluate."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens != 0 and self.max_tokens < 2:
+            raise ConfigError(f"eval.max_tokens={self.max_tokens} must be 0 (all) or at least 2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

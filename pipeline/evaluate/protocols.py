@@ -3,7 +3,8 @@
 A protocol fixes the text, how it is cut into windows, what is scored and how windows are averaged; two
 numbers may share a column only if they share the id. A changed meaning is a new version. A model whose
 context is shorter than the window cannot follow the protocol as written: `at_context` gives the variant it
-can follow, under an id of its own (`krony/wt103@ctx256`). The `gate` is what published dense GPT-2 must
+can follow, under an id of its own (`krony/wt103@ctx256`); `at_tokens` the variant that reads only the first
+tokens of a text (`corpus/val@first131072`). The `gate` is what published dense GPT-2 must
 score before anything is compared. Loads no torch.
 """
 
@@ -70,13 +71,17 @@ class Protocol:
     gpt2_tokens: int | None = None
     """Tokens of the whole text, rows joined, under GPT-2's BPE; another count is another text."""
 
+    limit: int = 0
+    """Only the first tokens of the text are read, so many; 0 reads all of it."""
+
     gate: Gate | None = None
     """Published value of dense GPT-2, where one exists."""
 
     @property
     def description(self) -> str:
         """One sentence for the page."""
-        return self.about.format(window=f"{self.window:,}", stride=f"{self.stride:,}")
+        part = f" Only the first {self.limit:,} tokens." if self.limit else ""
+        return self.about.format(window=f"{self.window:,}", stride=f"{self.stride:,}") + part
 
     def at_context(self, n_ctx: int) -> "Protocol":
         """The protocol for a model that sees `n_ctx` tokens: itself, or its `@ctx` variant."""
@@ -84,11 +89,27 @@ class Protocol:
             return self
         return replace(
             self,
-            id=f"{self.id.split('@ctx')[0]}@ctx{n_ctx}",
+            id=_variant(self.id, ctx=n_ctx),
             window=n_ctx,
             stride=max(1, self.stride * n_ctx // self.window),
             gate=None,
         )
+
+    def at_tokens(self, limit: int) -> "Protocol":
+        """The protocol on the first `limit` tokens of its text, for a quick look; 0 is all of them.
+
+        What scores passages keeps all its passages: there the whole text is the benchmark.
+        """
+        if limit == 0 or self.targets == "last-word":
+            return self
+        return replace(self, id=_variant(self.id, first=limit), limit=limit, gate=None)
+
+
+def _variant(protocol_id: str, *, ctx: int | None = None, first: int | None = None) -> str:
+    """The id with its marks in one order, a given one replacing the one that stands there."""
+    marks: dict[str, str | int | None] = _MARKS.fullmatch(protocol_id).groupdict()  # type: ignore[union-attr]
+    marks |= {"ctx": ctx or marks["ctx"], "first": first or marks["first"]}
+    return f"{marks['base']}" + "".join(f"@{name}{marks[name]}" for name in ("ctx", "first") if marks[name])
 
 
 def _krony(name: str, *, text: str, title: str, tokens: int, gate: float) -> tuple[Protocol, Protocol]:
@@ -165,21 +186,20 @@ _ALL: tuple[Protocol, ...] = (
 PROTOCOLS: Mapping[str, Protocol] = {protocol.id: protocol for protocol in _ALL}
 """Every protocol by id."""
 
-_CONTEXT = re.compile(r"(?P<base>.+)@ctx(?P<n_ctx>\d+)")
+_MARKS = re.compile(r"(?P<base>.+?)(?:@ctx(?P<ctx>\d+))?(?:@first(?P<first>\d+))?")
 
 
 def get_protocol(protocol_id: str) -> Protocol:
-    """The protocol of an id, `@ctx` variants included; raises ConfigError with the nearest known ids."""
-    if protocol_id in PROTOCOLS:
-        return PROTOCOLS[protocol_id]
-    match = _CONTEXT.fullmatch(protocol_id)
+    """The protocol of an id, `@ctx` and `@first` included; raises ConfigError with the nearest known ids."""
+    match = _MARKS.fullmatch(protocol_id)
     if match and match["base"] in PROTOCOLS:
-        base, n_ctx = PROTOCOLS[match["base"]], int(match["n_ctx"])
-        if 1 < n_ctx < base.window:
-            return base.at_context(n_ctx)
-        raise ConfigError(
-            f"protocol {protocol_id!r}: the context must lie between 2 and {base.window - 1:,} tokens"
-        )
+        base = PROTOCOLS[match["base"]]
+        n_ctx, limit = int(match["ctx"] or base.window), int(match["first"] or 0)
+        if match["ctx"] and not 1 < n_ctx < base.window:
+            raise ConfigError(
+                f"protocol {protocol_id!r}: the context must lie between 2 and {base.window - 1:,} tokens"
+            )
+        return base.at_context(n_ctx).at_tokens(limit)
     near = difflib.get_close_matches(protocol_id, PROTOCOLS, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"unknown protocol {protocol_id!r}{hint} Known: {', '.join(PROTOCOLS)}")

@@ -86,7 +86,7 @@ def evaluate(
             raise EvaluateError(f"{protocol.id} scores passages of a text, not {source.name!r}")
         return evaluate_last_word(network, followed, source, encoding, batch=batch, quiet=quiet)
     sequence = encode_text(source, encoding, followed) if isinstance(source, Text) else source
-    return evaluate_perplexity(network, followed, sequence, batch=batch, quiet=quiet)
+    return evaluate_perplexity(network, followed, sequence.first(followed.limit), batch=batch, quiet=quiet)
 
 
 def size_metrics(model: GPT2) -> dict[str, int]:

@@ -7,7 +7,7 @@ Loads no torch.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -44,6 +44,15 @@ class TokenSequence:
     def sha256(self) -> str:
         """Digest of the ids themselves: text and tokenizer in one."""
         return ids_sha256(self.ids)
+
+    def first(self, limit: int) -> "TokenSequence":
+        """The first `limit` tokens; itself where there are no more, or for 0. A cut document is a document."""
+        if limit == 0 or limit >= len(self.ids):
+            return self
+        ends = self.ends
+        if ends is not None:
+            ends = np.append(ends[ends < limit], np.int64(limit))
+        return replace(self, ids=self.ids[:limit], ends=ends)
 
 
 def ids_sha256(ids: NDArray[np.integer] | Sequence[int]) -> str:

@@ -44,6 +44,18 @@ def test_a_shorter_context_is_another_protocol():
     assert short.at_context(64).id == "krony/wt103@ctx64"
 
 
+def test_a_part_of_a_text_is_another_protocol():
+    whole = get_protocol("corpus/val")
+    assert whole.at_tokens(0) is whole
+    part = whole.at_context(256).at_tokens(131_072)
+    assert (part.id, part.limit, part.gate) == ("corpus/val@ctx256@first131072", 131_072, None)
+    assert part == whole.at_tokens(131_072).at_context(256) == get_protocol(part.id)
+    assert part.description.endswith("Only the first 131,072 tokens.")
+    assert part.at_tokens(64).id == "corpus/val@ctx256@first64"
+    passages = get_protocol("lambada/openai_last_word")
+    assert passages.at_tokens(1000) is passages
+
+
 @pytest.mark.parametrize("name", ["krony/wt130", "wikitext", "krony/wt103@ctx1024", "krony/wt103@ctx1"])
 def test_unknown_ids_are_refused_with_a_way_out(name):
     with pytest.raises(ConfigError, match=r"krony/wt103"):

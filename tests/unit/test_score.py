@@ -19,6 +19,7 @@ from pipeline.evaluate import texts
 from pipeline.evaluate.lambada import passages
 from pipeline.evaluate.protocols import get_protocol
 from pipeline.evaluate.score import choose_device, evaluate, score_artifact, validation_sequence
+from pipeline.evaluate.sequences import TokenSequence, token_bytes
 from pipeline.evaluate.texts import Text, TextSource
 from pipeline.store.artifacts import Identity, Store
 
@@ -162,3 +163,19 @@ def test_an_absent_device_is_refused():
         with pytest.raises(PreflightError, match=r"eval\.device='cuda'"):
             choose_device("cuda")
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def test_a_part_of_a_text_scores_as_the_text_cut_there(model, encoding):
+    ids = np.random.default_rng(0).integers(0, encoding.n_vocab - 1, 300)
+    ids[[40, 90, 200]] = encoding.eot_token
+    ends = np.array([41, 91, 201, 300])
+    whole = TokenSequence("t", ids, token_bytes(encoding), "0" * 64, ends)
+    cut = TokenSequence("t", ids[:150], token_bytes(encoding), "0" * 64, np.array([41, 91, 150]))
+    part, plain = get_protocol("corpus/val").at_tokens(150), get_protocol("corpus/val")
+    mine, theirs = (
+        evaluate(model, encoding, protocol, text, quiet=True)
+        for protocol, text in ((part, whole), (plain, cut))
+    )
+    assert mine.metrics() | {"protocol": ""} == theirs.metrics() | {"protocol": ""}
+    assert mine.units.to_parquet() == theirs.units.to_parquet()
+    assert mine.scored == 149

@@ -46,7 +46,7 @@ class TokenSequence:
         return ids_sha256(self.ids)
 
     def first(self, limit: int) -> "TokenSequence":
-        """The first `limit` tokens; itself where there are no more, or for 0. A cut document is a document."""
+        """The first `limit` tokens, all of them for 0; a document that is cut ends there."""
         if limit == 0 or limit >= len(self.ids):
             return self
         ends = self.ends

@@ -167,22 +167,37 @@ def _most_terms(spec: ModelSpec, choice: KronChoice, budget: Budget) -> int:
     )
 
 
+def shapes_at(spec: ModelSpec, choice: KronChoice, budget: Budget) -> list[tuple[KronShape, int, int]]:
+    """Every (shape, terms, parameters) that keeps the budget: one shape at all chosen blocks, most terms."""
+    blocks = chosen_blocks(spec, choice.layers)
+    widths = {spec.blocks[i].mlp_hidden for i in blocks}
+    if len(widths) > 1:
+        return []
+    base, found = _base(spec, choice, budget.convention), []
+    for shape in legal_shapes(spec.arch.n_embd, widths.pop()):
+        per_term = 2 * len(blocks) * shape.params(1, scales=choice.scales)
+        most = 1 if choice.one_term else shape.max_terms
+        terms = budget.most_terms(base=base, per_term=per_term, max_terms=most)
+        if terms and budget.fits(base + terms * per_term):
+            found.append((shape, terms, base + terms * per_term))
+    return found
+
+
 def _nearest(spec: ModelSpec, choice: KronChoice, budget: Budget, *, count: int = 3) -> str:
     """The shapes nearest to the one asked for that keep the budget with some number of terms."""
     if choice.layer_shapes:
         return "change layer_shapes, terms or the cap"
     base, blocks = _base(spec, choice, budget.convention), chosen_shapes(spec, choice)
     rows, cols = spec.arch.n_embd, next(iter(blocks.values())).cols
-    found: list[str] = []
-    for shape in nearest_shapes(rows, cols, choice.shape, count=len(legal_shapes(rows, cols))):
-        terms = _most_terms(spec, replace(choice, shape=(shape.m1, shape.n1)), budget)
-        total = base + 2 * len(blocks) * shape.params(terms, scales=choice.scales)
-        if terms and budget.fits(total):
-            found.append(f"shape = [{shape.m1}, {shape.n1}], terms = {terms} ({total:,})")
-        if len(found) == count:
-            break
+    fitting = {shape: (terms, total) for shape, terms, total in shapes_at(spec, choice, budget)}
+    nearest = nearest_shapes(rows, cols, choice.shape, count=len(legal_shapes(rows, cols)))
+    found = [
+        f"shape = [{shape.m1}, {shape.n1}], terms = {fitting[shape][0]} ({fitting[shape][1]:,})"
+        for shape in nearest
+        if shape in fitting
+    ]
     if found:
-        return "nearest that keep it: " + "; ".join(found)
+        return "nearest that keep it: " + "; ".join(found[:count])
     smallest = base + 2 * len(blocks) * min(
         shape.params(1, scales=choice.scales) for shape in legal_shapes(rows, cols)
     )

@@ -73,11 +73,11 @@ def uniform_ranks(sites: Sequence[Site], *, room: int, multiple: int = 1) -> dic
     At least one unit each, even where that does not fit: the caller checks its budget.
     """
     at = {
-        (site.n_in, site.n_out): [
-            Fraction(rank * (site.n_in + site.n_out), site.n_in * site.n_out)
-            for rank in range(multiple, _most(site, multiple) + 1, multiple)
+        (rows, cols): [
+            Fraction(rank * (rows + cols), rows * cols)
+            for rank in range(multiple, largest_rank(rows, cols) + 1, multiple)
         ]
-        for site in sites
+        for rows, cols in {(site.n_in, site.n_out) for site in sites}
     }  # by shape: the ratios at which the rank rises by one unit
 
     def ranks(ratio: Fraction) -> dict[str, int]:

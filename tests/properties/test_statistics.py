@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,10 @@ from analysis.stats import (
     minimum_detectable,
     pareto_front,
     resampled_means,
+    seed_noise,
     seeded_difference,
+    t_cdf,
+    t_interval,
 )
 
 
@@ -86,6 +90,50 @@ def test_seeds_widen_an_interval_that_units_alone_would_make_too_narrow():
     assert not found.excludes_zero
     assert found.high - found.low > 0.4
     assert found.estimate == pytest.approx(0.0, abs=1e-12)
+
+
+def test_three_seeds_cover_as_often_as_they_say():
+    source, hit = rng(), 0
+    for _ in range(400):
+        first, second = source.normal(0, 1, 3), source.normal(0, 2, 3)
+        found = t_interval(first.mean() - second.mean(), seed_noise([first, second], [1, -1]))
+        hit += found.low <= 0 <= found.high
+        assert found.excludes_zero == (found.p_value < 0.05)
+    assert 0.92 <= hit / 400 <= 0.985  # resampling the seeds gives 0.76
+
+
+def test_one_seed_borrows_the_noise_of_the_others_and_no_seeds_give_none():
+    many, alone = np.array([1.0, 2.0, 4.0]), np.array([3.0])
+    lent = seed_noise([many, alone], [1, -1])
+    assert lent.error == pytest.approx(many.std(ddof=1) * math.sqrt(1 / 3 + 1))
+    assert lent.freedom == pytest.approx(2)
+    assert t_interval(0.1, seed_noise([alone, alone], [1, -1])) is None
+    same = t_interval(0.1, seed_noise([np.ones(3), np.ones(2)], [1, -1]))
+    assert (same.low, same.high, same.p_value) == (0.1, 0.1, 0.0)
+
+
+def test_the_noise_of_a_difference_is_welchs():
+    first, second = np.array([1.0, 1.5, 2.5, 3.0]), np.array([2.0, 6.0, 7.0])
+    found = t_interval(first.mean() - second.mean(), seed_noise([first, second], [1, -1]))
+    known = scipy.stats.ttest_ind(first, second, equal_var=False)
+    assert found.p_value == pytest.approx(known.pvalue, abs=1e-9)
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()), abs=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.0, 300.0), st.floats(1.0, 1e5))
+def test_students_distribution_is_scipys(x, freedom):
+    assert t_cdf(x, freedom) == pytest.approx(scipy.stats.t.cdf(x, freedom), abs=1e-7)
+
+
+def test_seeds_that_agree_leave_the_interval_of_the_units():
+    source = rng()
+    first = np.repeat(source.normal(3.0, 0.2, (1, 150)), 3, axis=0)
+    second = first[:1] + source.normal(0.01, 0.05, (1, 150))
+    found = seeded_difference(first, second, np.ones(150), rng=np.random.default_rng(5))
+    alone = seeded_difference(first[:1], second, np.ones(150), rng=np.random.default_rng(5))
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    assert found.p_value == alone.p_value
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,18 +1,20 @@
 """Training one artifact: a request from its inputs, the loop where wanted, numbers to their places.
 
 The history is written by this process, in JSONL first and then in MLflow; a stop is asked for by signal and
-answered at the same step on all ranks. Teacher and students are trained by the same code and differ only in
-where they start.
+answered at the same step on all ranks. The trial of a sweep has a `Driver` in place of signals and MLflow.
+Teacher and students are trained by the same code and differ only in where they start.
 """
 
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.identity import identity_fields
-from pipeline.config.schema import ScratchTeacher
+from pipeline.config.schema import RunConfig, ScratchTeacher
 from pipeline.config.training import TrainConfig
 from pipeline.errors import Interrupted, KronyError
 from pipeline.interrupt import stop_on_signal
@@ -20,8 +22,8 @@ from pipeline.progress import Progress
 from pipeline.store.artifacts import Artifact, Attempt
 from pipeline.store.location import Location
 from pipeline.tracking.jsonl import HistoryWriter, read_history
-from pipeline.tracking.tracker import Scalar, Tracker, flatten, open_tracker, replay
-from pipeline.train.request import FitRequest, FitResult, Row
+from pipeline.tracking.tracker import NullTracker, Scalar, Tracker, flatten, open_tracker, replay
+from pipeline.train.request import Driver, FitRequest, FitResult, Row, ShouldStop
 from pipeline.work import Work
 
 START = "start"
@@ -39,6 +41,7 @@ class _Training:
     name: str
     tags: dict[str, Scalar]
     teacher: Location | None = None
+    driver: Driver | None = None
 
 
 def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) -> Artifact:
@@ -54,7 +57,9 @@ def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) 
         teacher = work.store.require(work.chain.teacher).location  # the init was made from it
         tags["krony.teacher"] = work.chain.teacher.address
     with work.store.attempt(work.chain.run, resume=True, force=force) as attempt:
-        training = _Training("train", config.train, config.seed, init.location, config.name, tags, teacher)
+        training = _Training(
+            "train", config.train, config.seed, init.location, config.name, tags, teacher, work.driver
+        )
         return _train(work, attempt, tokens, training)
 
 
@@ -106,8 +111,9 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
         run=attempt.location,
         fingerprint=attempt.identity.fingerprint,
         teacher=training.teacher,
+        validate_at=training.driver.validate_at if training.driver else (),
     )
-    tracker = _open(work, attempt, tokens, training)
+    tracker = NullTracker() if training.driver else _open(work, attempt, tokens, training)
     replay(tracker, read_history(attempt.location))  # what a killed driver had not sent yet
     began = time.monotonic()
     try:
@@ -151,7 +157,7 @@ def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training)
     with (
         HistoryWriter(request.run) as history,
         Progress(training.label, total, unit="steps", quiet=work.quiet) as progress,
-        stop_on_signal(training.label) as should_stop,
+        _asked_to_stop(training) as should_stop,
     ):
 
         def on_log(row: Row) -> None:
@@ -162,6 +168,9 @@ def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training)
             shown = {key: row[key] for key in ("loss", "val_loss", "lr") if key in row}
             speed = {"tok/s": int(row["tokens_per_s"])} if "tokens_per_s" in row else {}
             progress.update(int(row["step"]), **shown, **speed)
+            if training.driver:
+                history.flush()  # the driver may act on the row: it must be on record by then
+                training.driver.on_row(row)
 
         if ray.workers == 0:
             from pipeline.train.local import fit
@@ -170,6 +179,15 @@ def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training)
         from pipeline.train.distributed import fit as fit_on_ray
 
         return fit_on_ray(request, ray, on_log=on_log, should_stop=should_stop)
+
+
+@contextmanager
+def _asked_to_stop(training: _Training) -> Iterator[ShouldStop]:
+    if training.driver:
+        yield training.driver.should_stop
+        return
+    with stop_on_signal(training.label) as should_stop:
+        yield should_stop
 
 
 def _open(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Tracker:
@@ -182,11 +200,13 @@ def _open(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -
         run_id=f"{address}/{attempt.name}",
         name=training.name,
     )
-    sections = (
-        ("teacher", "tokenizer", "corpus") if training.label == "teacher" else ("method", "budget", "train")
-    )
-    asked = {section: identity_fields(getattr(config, section)) for section in sections}
-    tracker.params(flatten({**asked, "seed": training.seed}))
+    tracker.params(asked(config, training.label) | {"seed": training.seed})
     tracker.tags({"krony.address": address, "krony.workers": config.ray.workers, **training.tags})
     tracker.dataset(tokens.record.name, digest=tokens.record.digest, source=tokens.location.uri)
     return tracker
+
+
+def asked(config: RunConfig, label: str) -> dict[str, Scalar]:
+    """What a config asks of a `teacher` or of a student (`train`), by dotted name, as trackers show it."""
+    sections = ("teacher", "tokenizer", "corpus") if label == "teacher" else ("method", "budget", "train")
+    return flatten({section: identity_fields(getattr(config, section)) for section in sections})

@@ -11,6 +11,7 @@ from pipeline.chain import Chain, chain
 from pipeline.config.schema import RunConfig
 from pipeline.progress import say
 from pipeline.store.artifacts import Artifact, Identity, Store
+from pipeline.train.request import Driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,20 @@ class Work:
     force: frozenset[str] = frozenset()
     """Kinds that are built again even where they are done."""
     quiet: bool = False
+    driver: Driver | None = None
+    """Drives the training of a student; without one it listens to signals and writes to the tracker."""
     _seen: set[str] = field(default_factory=set)
 
     @staticmethod
-    def on(config: RunConfig, *, force: frozenset[str] = frozenset(), quiet: bool = False) -> "Work":
+    def on(
+        config: RunConfig,
+        *,
+        force: frozenset[str] = frozenset(),
+        quiet: bool = False,
+        driver: Driver | None = None,
+    ) -> "Work":
         """Work on the store that the config names. Raises DataError if a source is not there."""
-        return Work(config, chain(config), Store(config.store), force, quiet)
+        return Work(config, chain(config), Store(config.store), force, quiet, driver)
 
     def variant(self, config: RunConfig) -> "Work":
         """The same work for another config; what was built or reported is remembered."""

@@ -79,7 +79,7 @@ def _train(session: Session, request: FitRequest, topology: Topology, hooks: Hoo
     clock, stop = _Clock(session.tokens), False
     while session.step < total and not stop:
         session.advance()
-        validate = is_due(session.step, config.val_every, total=total)
+        validate = is_due(session.step, config.val_every, total=total) or session.step in request.validate_at
         log = is_due(session.step, config.log_every, total=total)
         save = is_due(session.step, config.checkpoint_every, total=total)
         if log or validate:
@@ -96,7 +96,7 @@ def _train(session: Session, request: FitRequest, topology: Topology, hooks: Hoo
                 row["val_loss"] = losses.val
             history.append(row)
             hooks.on_log(row)
-        if log or (topology.world == 1 and clock.is_poll_due()):
+        if log or validate or (topology.world == 1 and clock.is_poll_due()):
             stop, wanted = topology.any(hooks.should_stop(), hooks.should_save())
             save = save or stop or wanted
         if save:

@@ -19,6 +19,20 @@ ShouldStop = Callable[[], bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Driver:
+    """Who drives a training in place of signals, a tracker and progress lines: the trial of a sweep."""
+
+    on_row: OnLog
+    """Gets each new row after it is in the history; the run waits for its return."""
+
+    should_stop: ShouldStop
+    """One yes makes the run save its state and leave."""
+
+    validate_at: tuple[int, ...] = ()
+    """Steps that are validated beside those of `train.val_every`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FitRequest:
     """One training run, completely: the same request continues where an earlier one was cut off."""
 
@@ -48,6 +62,9 @@ class FitRequest:
 
     teacher: Location | None = None
     """Native folder of the dense model, for `train.objective = "kd"`; read only then."""
+
+    validate_at: tuple[int, ...] = ()
+    """Steps that are validated beside those of `train.val_every`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

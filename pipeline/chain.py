@@ -16,8 +16,8 @@ from typing import Any
 
 from model.compress.recipe import SEEDED_METHODS
 from pipeline.config.identity import identity_fields
-from pipeline.config.schema import HubTeacher, RunConfig
-from pipeline.config.sources import BpeTokenizer
+from pipeline.config.schema import HubTeacher, RunConfig, ScratchTeacher
+from pipeline.config.sources import BpeTokenizer, Corpus
 from pipeline.data.corpora import source_of
 from pipeline.errors import ConfigError
 from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
@@ -65,13 +65,33 @@ class Chain:
         return [*shared, *stats, self.init, self.run, self.model, *self.scores.values()]
 
 
+class Chains:
+    """Chains of many configs: the outside world is asked once for each corpus and each published teacher."""
+
+    def __init__(self) -> None:
+        self._corpora: dict[Corpus, Identity] = {}
+        self._published: dict[HubTeacher, Identity] = {}
+
+    def of(self, config: RunConfig) -> Chain:
+        """As `chain`, for a corpus and a published teacher as they were when first asked for."""
+        if config.corpus not in self._corpora:
+            self._corpora[config.corpus] = _corpus(config)
+        teacher = config.teacher
+        if isinstance(teacher, HubTeacher) and teacher not in self._published:
+            self._published[teacher] = _published(teacher)
+        published = self._published[teacher] if isinstance(teacher, HubTeacher) else None
+        return _chain(config, self._corpora[config.corpus], published)
+
+
 def chain(config: RunConfig) -> Chain:
     """The identities that `config` stands for.
 
     Raises DataError or ConfigError if a named source is not there.
     """
-    source = dict(source_of(config.corpus).identity())
-    corpus = Identity("corpus", config.corpus.name, source, {}, VERSIONS["corpus"])
+    return Chains().of(config)
+
+
+def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> Chain:
     tokenizer = _tokenizer(config, corpus)
     tokens = Identity(
         "tokens",
@@ -80,7 +100,7 @@ def chain(config: RunConfig) -> Chain:
         {"corpus": corpus, "tokenizer": tokenizer},
         VERSIONS["tokens"],
     )
-    teacher = _teacher(config, tokens)
+    teacher = published or _teacher(config, tokens)
     stats = _stats(config, teacher, tokens)
     init = _init(config, teacher, stats)
     run = Identity(
@@ -143,18 +163,26 @@ def _tokenizer(config: RunConfig, corpus: Identity) -> Identity:
     return Identity("tokenizer", "gpt2", fields, {}, VERSIONS["tokenizer"])
 
 
+def _corpus(config: RunConfig) -> Identity:
+    source = dict(source_of(config.corpus).identity())
+    return Identity("corpus", config.corpus.name, source, {}, VERSIONS["corpus"])
+
+
+def _published(teacher: HubTeacher) -> Identity:
+    local = Location.of(teacher.id)
+    fields: dict[str, Any] = {"id": teacher.id, "revision": teacher.revision}
+    if local.exists("config.json"):  # a folder: its weights are its identity, wherever it lies
+        fields = {
+            key: sha256_file(local.local(key))
+            for key in local.list()
+            if key == "config.json" or key.endswith(".safetensors")
+        }
+    return Identity("teacher", teacher.id.rstrip("/").rsplit("/", 1)[-1], fields, {}, VERSIONS["teacher"])
+
+
 def _teacher(config: RunConfig, tokens: Identity) -> Identity:
     teacher = config.teacher
-    if isinstance(teacher, HubTeacher):
-        local = Location.of(teacher.id)
-        fields: dict[str, Any] = {"id": teacher.id, "revision": teacher.revision}
-        if local.exists("config.json"):  # a folder: its weights are its identity, wherever it lies
-            fields = {
-                key: sha256_file(local.local(key))
-                for key in local.list()
-                if key == "config.json" or key.endswith(".safetensors")
-            }
-        return Identity("teacher", teacher.id.rstrip("/").rsplit("/", 1)[-1], fields, {}, VERSIONS["teacher"])
+    assert isinstance(teacher, ScratchTeacher), "a published teacher has its identity from elsewhere"
     name = f"scratch-{teacher.n_layer}x{teacher.n_embd}"
     return Identity("teacher", name, identity_fields(teacher), {"tokens": tokens}, VERSIONS["teacher"])
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.chain import chain
+from pipeline.compress.outlook import outlook
 from pipeline.config.load import Study, to_json
-from pipeline.config.schema import HubTeacher, RunConfig
-from pipeline.config.sources import BpeTokenizer
-from pipeline.errors import CompressError
+from pipeline.config.schema import RunConfig
 from pipeline.progress import duration
 from pipeline.store.artifacts import Identity, Store
 from pipeline.store.location import Location
@@ -55,40 +54,13 @@ def describe(study: Study, *, as_json: bool = False) -> str:
 
 
 def _size(config: RunConfig) -> Mapping[str, Any]:
-    """Exact parameters and MACs of a variant, from integers; raises CompressError if it cannot be built.
-
-    A structure that follows from statistics is exact once they are in the store; before, and where it follows
-    from the weights, only its cap is known.
-    """
-    from model.compress.budget import Budget
-    from model.compress.contract import Unmeasured
-    from model.compress.methods import make_method
-    from model.config import GPT2Config, ModelError, ModelSpec
-
-    dense = ModelSpec.dense(GPT2Config(**_architecture(config)))
-    budget = Budget(
-        params=config.budget.params,
-        convention=config.budget.convention,
-        tolerance=config.budget.tolerance,
-        allocate=config.budget.allocate,
-    )
-    method, total = make_method(config.method), dense.num_parameters("tied_all")
-    try:
-        try:
-            plan = method.plan(dense, budget)
-        except Unmeasured:
-            plan = method.plan(dense, budget, _stored_stats(config))
-    except Unmeasured:
-        uncounted = total - dense.num_parameters(budget.convention)
-        cap = budget.params + uncounted if budget.params else total
-        return {"parameters": cap, "exact": False, "share": cap / total, "macs_per_token": None}
-    except ModelError as err:
-        raise CompressError(f"{config.name}: {err}") from err
+    """Exact parameters and MACs of a variant; raises CompressError if it cannot be built."""
+    seen = outlook(config, lambda: _stored_stats(config))
     return {
-        "parameters": plan.num_parameters,
-        "exact": True,
-        "share": plan.num_parameters / total,
-        "macs_per_token": plan.spec.macs_per_token("factored"),
+        "parameters": seen.parameters,
+        "exact": seen.plan is not None,
+        "share": seen.share,
+        "macs_per_token": seen.macs_per_token,
     }
 
 
@@ -99,21 +71,6 @@ def _stored_stats(config: RunConfig) -> "Stats | None":
     identity = chain(config).stats
     artifact = Store(config.store).find(identity) if identity else None
     return load_stats(artifact.folder()) if artifact else None
-
-
-def _architecture(config: RunConfig) -> dict[str, int]:
-    """Sizes of the teacher as far as they are known without building it."""
-    teacher = config.teacher
-    if isinstance(teacher, HubTeacher):
-        folder = Location.of(teacher.id)
-        if not folder.exists("config.json"):
-            return {}  # GPT-2 small; other published sizes are read when their folder is there
-        stock = json.loads(folder.read_bytes("config.json"))
-        names = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_ctx": "n_positions"}
-        return {ours: stock[theirs] for ours, theirs in names.items()} | {"vocab_size": stock["vocab_size"]}
-    sizes = {name: getattr(teacher, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx")}
-    vocab = config.tokenizer.vocab_size if isinstance(config.tokenizer, BpeTokenizer) else 50257
-    return sizes | {"vocab_size": vocab}
 
 
 def _status(store: Store, identity: Identity) -> dict[str, str]:

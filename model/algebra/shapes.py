@@ -20,6 +20,10 @@ Order = Literal["b_first", "a_first"]
 """Which factor meets the input first in a product without W: A^T (X B), or (A^T X) B."""
 
 
+class ShapeError(ModelError):
+    """A factor shape, or its number of terms, does not fit a weight."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class KronShape:
     """Shape of one term A (x) B: A is (m1, n1), B is (m2, n2), the weight is (m1*m2, n1*n2) = (in, out)."""
@@ -112,7 +116,7 @@ def kron_shape(rows: int, cols: int, first: tuple[int, int]) -> KronShape:
     if m1 >= 1 and n1 >= 1 and rows % m1 == 0 and cols % n1 == 0:
         return KronShape(m1, n1, rows // m1, cols // n1)
     nearest = ", ".join(f"{s.m1}x{s.n1}" for s in nearest_shapes(rows, cols, first))
-    raise ModelError(
+    raise ShapeError(
         f"first factor {m1}x{n1} does not fit a {rows}x{cols} weight: {m1} must divide {rows} and {n1} must "
         f"divide {cols}; nearest legal first factors: {nearest}"
     )
@@ -137,7 +141,7 @@ def parse_shape(rows: int, cols: int, text: str) -> KronShape:
 def check_terms(shape: KronShape, terms: int) -> None:
     """Raise ModelError unless 1 <= terms <= max_terms, where the sum is already exact."""
     if not 1 <= terms <= shape.max_terms:
-        raise ModelError(
+        raise ShapeError(
             f"{terms} terms of {shape}: choose 1 to {shape.max_terms}; "
             f"with {shape.max_terms} every {shape.rows}x{shape.cols} weight is exact"
         )

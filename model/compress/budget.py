@@ -14,6 +14,10 @@ Allocation = Literal["uniform", "modegpt_bi", "greedy_gain"]
 """How a cap is spread over modules."""
 
 
+class BudgetError(ModelError):
+    """A structure does not keep its cap, or falls too far below it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
     """A cap on unique parameters."""
@@ -49,7 +53,7 @@ class Budget:
         relation = f"{gap:,} above" if gap > 0 else f"{-gap:,} ({-gap / self.params:.2%}) below"
         allowed = "" if gap > 0 else f", more than the {self.tolerance:.2%} allowed"
         cap = f"the cap of {self.params:,} ({self.convention})"
-        raise ModelError(f"{what} has {count:,} parameters, {relation} {cap}{allowed}; {hint()}")
+        raise BudgetError(f"{what} has {count:,} parameters, {relation} {cap}{allowed}; {hint()}")
 
     def require_uniform(self, method: str) -> None:
         """Raise ModelError for an allocation that the method does not know."""

@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from model.compress.budget import Budget
 from model.compress.methods import make_method, make_plan
 from model.compress.stats_file import load_stats
 from model.config import ModelError
 from model.export import save_native
 from pipeline.compress.load import load_model
-from pipeline.config.schema import BudgetConfig, RunConfig
+from pipeline.compress.outlook import budget_of
+from pipeline.config.schema import RunConfig
 from pipeline.errors import CompressError
 from pipeline.store.artifacts import Artifact, Identity, Store
 
@@ -65,13 +65,3 @@ def build_init(
             "energy_kept": sum(energies) / len(energies) if energies else 1.0,
         }
         return attempt.publish(metrics=metrics, settings={"compress_s": round(time.monotonic() - began, 2)})
-
-
-def budget_of(config: BudgetConfig) -> Budget:
-    """The cap of a config as the methods take it."""
-    return Budget(
-        params=config.params,
-        convention=config.convention,
-        tolerance=config.tolerance,
-        allocate=config.allocate,
-    )

@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError
 
-_UNIONS = ("corpus", "tokenizer", "teacher", "method")
+UNIONS = ("corpus", "tokenizer", "teacher", "method")
+"""Sections whose `name` chooses the class."""
 _PATH_FIELDS = (
     ("", "store"),
     ("corpus", "paths"),
@@ -101,7 +102,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            other = key in _UNIONS and "name" in value and value["name"] != old.get("name", value["name"])
+            other = (
+                key in (*UNIONS, "of") and "name" in value and value["name"] != old.get("name", value["name"])
+            )
             result[key] = dict(value) if other else merge(old, value)
         else:
             result[key] = value
@@ -110,12 +113,14 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def validate(table: Mapping[str, Any], *, source: str) -> RunConfig:
     """A mapping as a RunConfig; raises ConfigError for unknown keys, wrong types and impossible values."""
-    named = {key: _with_name(key, value) for key, value in table.items()}
+    if "sweep" in table:
+        raise ConfigError(f"{source}: has a [sweep] section; it is for `krony sweep {source}`")
+    named = {key: with_name(key, value) for key, value in table.items()}
     try:
         return _ADAPTER.validate_json(json.dumps(named))
     except ValidationError as err:
         raise ConfigError(
-            "; ".join(_explain(each, source) for each in err.errors(include_url=False)[:4])
+            "; ".join(explain(each, source, root=RunConfig()) for each in err.errors(include_url=False)[:4])
         ) from err
     except ConfigError as err:
         raise ConfigError(f"{source}: {err}") from err
@@ -167,22 +172,23 @@ def _toml_value(text: str) -> Any:
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
-def _with_name(key: str, value: Any) -> Any:
+def with_name(key: str, value: Any) -> Any:
     """A union section without a `name` means the default one; a bare word is a name."""
-    if key in _UNIONS and isinstance(value, str):
+    if key in UNIONS and isinstance(value, str):
         return {"name": value}
-    if key in _UNIONS and isinstance(value, Mapping) and "name" not in value:
+    if key in UNIONS and isinstance(value, Mapping) and "name" not in value:
         return {"name": getattr(RunConfig(), key).name, **value}
     return value
 
 
-def _explain(error: Mapping[str, Any], source: str) -> str:
+def explain(error: Mapping[str, Any], source: str, *, root: Any) -> str:
+    """One of pydantic's errors as a line: where, what was found, what was expected; `root` is the config."""
     # pydantic puts the chosen member of a union into the path; people never wrote it
     parts = [str(part) for part in error["loc"]]
-    names = [part for i, part in enumerate(parts) if not (i == 1 and parts[0] in _UNIONS and len(parts) > 1)]
+    names = [part for i, part in enumerate(parts) if not (i == 1 and parts[0] in UNIONS and len(parts) > 1)]
     where, found = ".".join(names), error.get("input")
     if error["type"] == "unexpected_keyword_argument":
-        valid = _valid_names(parts)
+        valid = _valid_names(parts, root)
         near = difflib.get_close_matches(names[-1], valid, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(valid)}"
         return f"{source}: unknown key {where!r}; {hint}"
@@ -197,12 +203,12 @@ def _explain(error: Mapping[str, Any], source: str) -> str:
     return f"{source}: {where}={found!r} is wrong; expected {message}"
 
 
-def _valid_names(parts: Sequence[str]) -> list[str]:
+def _valid_names(parts: Sequence[str], root: Any) -> list[str]:
     """Field names of the dataclass in which the last of `parts` was not found."""
-    value: Any = RunConfig()
+    value: Any = root
     for part in parts[:-1]:
         if is_dataclass(value) and part in {f.name for f in fields(value)}:
-            value = _union_members(part) if part in _UNIONS else getattr(value, part)
+            value = _union_members(part) if part in UNIONS else getattr(value, part)
         elif isinstance(value, Mapping) and part in value:
             value = value[part]
     if isinstance(value, _Member):

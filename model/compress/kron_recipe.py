@@ -160,6 +160,23 @@ class KronActPerm(Alternating):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KronUnits(KronPlace):
+    """The best hidden units, refitted (MoDeGPT), as a Kronecker product with further GELUs to learn."""
+
+    name: Literal["kron_units"] = "kron_units"
+    needs: ClassVar[tuple[str, ...]] = ("gram",)
+
+    shape: tuple[int, int] = (768, 768)
+    """First factor (n_in, k) on the up-projection: all input rows, k features; k divides the hidden width."""
+
+    selector: Literal["greedy", "rls"] = "greedy"
+    """Which units stay: one by one for the least output error, or by ridge leverage."""
+
+    bias_correction: bool = True
+    """Fit in the covariance and give the mean of what is lost back through the bias."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class KnGPT2:
     """KnGPT2-style (ours): factor 2 at the attention and MLP matrices of odd blocks, and at the token table.
 
@@ -217,4 +234,6 @@ class TQCompressor:
     """Stop when a round lowers the error by less than this share of it."""
 
 
-AnyKron = KronVL | KronPrune | KronPerm | KronFisher | KronAct | KronActPerm | KnGPT2 | TQCompressor
+AnyKron = (
+    KronVL | KronPrune | KronPerm | KronFisher | KronAct | KronActPerm | KronUnits | KnGPT2 | TQCompressor
+)

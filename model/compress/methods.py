@@ -9,6 +9,7 @@ from model.compress.controls import DenseMethod, RandomInitMethod
 from model.compress.kron_act_perm import KronActPermMethod
 from model.compress.kron_perm import KronPermMethod
 from model.compress.kron_rivals import KnGPT2Method, TQCompressorMethod
+from model.compress.kron_units import KronUnitsMethod
 from model.compress.kron_weighted import KronActMethod, KronFisherMethod
 from model.compress.kronecker import KronPruneMethod, KronVLMethod
 from model.compress.layer_drop import LayerDropMethod, PruneMLPMethod
@@ -24,6 +25,7 @@ METHODS: Mapping[str, Callable[[Any], CompressionMethod]] = {
     "kron_fisher": KronFisherMethod,
     "kron_act": KronActMethod,
     "kron_act_perm": KronActPermMethod,
+    "kron_units": KronUnitsMethod,
     "kngpt2": KnGPT2Method,
     "tqcompressor": TQCompressorMethod,
     "svd": LowRankMethod,

@@ -1,4 +1,4 @@
-"""Reports of narrower modules: an error belongs to a pair of matrices, and both rows of the pair carry it."""
+"""Reports of modules fitted together: an error belongs to a pair of matrices, and both rows carry it."""
 
 from model.compress.contract import ModuleReport
 from model.gpt2 import GPT2
@@ -40,16 +40,16 @@ def narrow_report(
     metric: str,
     **details: float | str,
 ) -> ModuleReport:
-    """The row of one dense matrix that became narrower."""
+    """The row of one matrix of the pair."""
     new, old = fresh.site(name), model.site(name)
-    size = new.n_in * new.n_out
+    cost = new.matrix.cost(new.n_in, new.n_out)
     return ModuleReport(
         name=name,
         structure=structure,
-        parameters=size,
+        parameters=cost.params,
         dense_parameters=old.n_in * old.n_out,
-        macs=size,
-        rank_bound=min(new.n_in, new.n_out),
+        macs=cost.macs,
+        rank_bound=cost.rank_bound,
         energy=energy,
         achieved_error=achieved,
         energy_kept=1.0 - achieved / energy if energy > 0 else 1.0,

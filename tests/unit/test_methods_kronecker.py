@@ -26,6 +26,7 @@ from model.compress.kron_recipe import (
     KronFisher,
     KronPerm,
     KronPrune,
+    KronUnits,
     KronVL,
     TQCompressor,
 )
@@ -58,6 +59,7 @@ RECIPES = {
     "act-closed": KronAct(shape=(16, 16), scales=True),
     "act-perm": KronActPerm(shape=(16, 16)),
     "act-perm-square": KronActPerm(shape=(8, 32), max_sweeps=3, bias_correction=False),
+    "units": KronUnits(shape=(16, 32)),
     "kngpt2": KnGPT2(),
     "kngpt2-tied": KnGPT2(head="tied", layers=(0, 1)),
     "tq": TQCompressor(random_starts=1),

@@ -2,11 +2,13 @@
 
 Models of one teacher whose parameters differ by less than half a per cent form a size group. In a group the
 best value of a column is compared with every other by a paired bootstrap over windows, documents or
-passages, Holm-corrected; all that are not significantly worse are best together. With one seed each the
-interval knows nothing of seed noise.
+passages, Holm-corrected; all that are not significantly worse are best together. Where a row stands for
+several seeds, their noise is in its interval and in every comparison; with one seed each nothing is known
+of it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -16,7 +18,7 @@ import pandas as pd
 
 from analysis.names import is_number
 from analysis.schema import SCORES, checked
-from analysis.stats import RESAMPLES, Floats, holm, interval, resampled_means
+from analysis.stats import RESAMPLES, Floats, holm, interval, resampled_means, seed_noise
 from pipeline.errors import StoreError
 
 SAME_SIZE = 0.005
@@ -29,6 +31,18 @@ Units = tuple[Floats, Floats]
 """(U,) sums and (U,) weights, whose ratio of totals is the loss, or the error rate, of a cell."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Arm:
+    """One cell with what resampling says about it."""
+
+    row: Row
+    means: Floats
+    """(resamples,) of its loss or error rate, averaged over its seeds."""
+
+    seeds: Floats
+    """(S,) the same over all units, one per seed."""
+
+
 def compared(
     scores: pd.DataFrame,
     read: Callable[[str], pd.DataFrame],
@@ -36,45 +50,61 @@ def compared(
     *,
     resamples: int = RESAMPLES,
 ) -> pd.DataFrame:
-    """`scores` with intervals, size groups and the best of each; `read` gives the losses of an address."""
+    """`scores` with intervals, size groups and the best of each; `read` gives the losses of an address.
+
+    A row whose `address` names several, one per seed, is compared as their mean.
+    """
     rows: list[Row] = [{str(key): value for key, value in row.items()} for row in scores.to_dict("records")]
     _group_by_size(rows)
     column = itemgetter("teacher", "measure")
     for _, cells in groupby(sorted(rows, key=column), key=column):
-        draws = _draws(list(cells), read, problems, resamples=resamples)
-        for row, means in draws:
-            found = interval(0.0, means)
-            row["low"], row["high"] = sorted(_value(end, row["metric"]) for end in (found.low, found.high))
-        rivals = [(row, means) for row, means in draws if not row["is_dense"] and is_number(row["group"])]
+        arms = _arms(list(cells), read, problems, resamples=resamples)
+        for arm in arms:
+            found = interval(0.0, seed_noise([arm.seeds]).on(arm.means, rng=_generator(1)))
+            arm.row["low"], arm.row["high"] = sorted(
+                _value(end, arm.row["metric"]) for end in (found.low, found.high)
+            )
+        rivals = [arm for arm in arms if not arm.row["is_dense"] and is_number(arm.row["group"])]
         for _, group in groupby(sorted(rivals, key=_group), key=_group):
             _mark_best(list(group))
     return checked(rows, SCORES)
 
 
-def _group(rival: tuple[Row, Floats]) -> int:
-    return int(rival[0]["group"])
+def _group(rival: Arm) -> int:
+    return int(rival.row["group"])
 
 
-def _draws(
+def _generator(level: int) -> np.random.Generator:
+    """Of units (0) or seeds (1): the same resamples every time, so the same page."""
+    return np.random.default_rng([20_412, 1] if level else 20_412)
+
+
+def _arms(
     cells: Sequence[Row], read: Callable[[str], pd.DataFrame], problems: list[str], *, resamples: int
-) -> list[tuple[Row, Floats]]:
+) -> list[Arm]:
     """Bootstrap means of each cell of one column, over the same resamples for all."""
     units: list[tuple[Row, Floats, Floats]] = []
     for row in cells:
         try:
-            values, weights = _units(read(row["address"]), row["weighting"])
+            seeds = [_units(read(address), row["weighting"]) for address in row["address"].split()]
         except (StoreError, OSError, KeyError, ValueError) as err:
             problems.append(f"{row['address']}: no losses per unit, so no interval ({err})")
             continue
-        if units and not np.array_equal(weights, units[0][2]):
-            problems.append(f"{row['address']}: other units than {units[0][0]['address']}, so no interval")
+        first = units[0][2] if units else seeds[0][1]
+        if not all(np.array_equal(weights, first) for _, weights in seeds):
+            other = (units[0][0] if units else row)["address"].split()[0]
+            problems.append(f"{row['address']}: other units than {other}, so no interval")
             continue
-        units.append((row, values, weights))
+        units.append((row, np.stack([values for values, _ in seeds]), first))
     if not units:
         return []
-    rng = np.random.default_rng(20_412)  # the same resamples every time: the same page
-    draws = resampled_means(np.stack([u[1] for u in units]), units[0][2], rng=rng, resamples=resamples)
-    return [(row, means) for (row, _, _), means in zip(units, draws, strict=True)]
+    weights = units[0][2]
+    means = np.stack([values.mean(0) for _, values, _ in units])
+    draws = resampled_means(means, weights, rng=_generator(0), resamples=resamples)
+    return [
+        Arm(row, drawn, values.sum(1) / weights.sum())
+        for (row, values, _), drawn in zip(units, draws, strict=True)
+    ]
 
 
 def _group_by_size(rows: Sequence[Row]) -> None:
@@ -88,18 +118,23 @@ def _group_by_size(rows: Sequence[Row]) -> None:
             row["group"] = number
 
 
-def _mark_best(rivals: Sequence[tuple[Row, Floats]]) -> None:
+def _mark_best(rivals: Sequence[Arm]) -> None:
     """Compare every cell of a column and size group with the best of them; a lone cell has no rival."""
     if len(rivals) < 2:
         return
-    extreme = max if rivals[0][0]["metric"] == "accuracy" else min
-    best, reference = extreme(rivals, key=lambda rival: rival[0]["value"])
-    others = [(row, means) for row, means in rivals if row is not best]
-    found = [interval(float((means - reference).mean()), means - reference) for _, means in others]
-    best["is_best"] = True
-    for (row, _), gap, p_value in zip(others, found, holm([gap.p_value for gap in found]), strict=True):
-        row["worse_by"], row["worse_by_low"], row["worse_by_high"] = gap.estimate, gap.low, gap.high
-        row["p_adjusted"], row["is_best"] = p_value, p_value >= ALPHA
+    extreme = max if rivals[0].row["metric"] == "accuracy" else min
+    best = extreme(rivals, key=lambda rival: rival.row["value"])
+    others = [rival for rival in rivals if rival is not best]
+    rng = _generator(1)
+    gaps = []
+    for rival in others:
+        gap = rival.means - best.means
+        noise = seed_noise([rival.seeds, best.seeds])
+        gaps.append(interval(float(gap.mean()), noise.on(gap, rng=rng)))
+    best.row["is_best"] = True
+    for rival, found, p_value in zip(others, gaps, holm([gap.p_value for gap in gaps]), strict=True):
+        verdict = {"worse_by": found.estimate, "worse_by_low": found.low, "worse_by_high": found.high}
+        rival.row.update(verdict, p_adjusted=p_value, is_best=p_value >= ALPHA)
 
 
 def _units(losses: pd.DataFrame, weighting: str) -> Units:

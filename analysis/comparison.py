@@ -1,7 +1,8 @@
 """The comparison table: one row per model, two columns per measure, and the notes it cannot do without.
 
 A measure is a protocol on one token sequence; numbers of different measures never share a column. Models
-stand under their teacher, the dense one first, then size by size, the best of each size first.
+stand under their teacher, the dense one first, then size by size, the best of each size first; seeds of one
+model are one row.
 """
 
 from collections.abc import Sequence
@@ -59,19 +60,21 @@ class Table:
 
 
 def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
-    """The table of a `scores` frame."""
+    """The table of a frame of `arms`, or of `scores`."""
     rows = [{str(k): v for k, v in row.items()} for row in scores.to_dict("records")]
     measures = measure_titles(scores)
     subjects = _subjects(rows)
     columns = [Column("run", is_text=True), Column("model", is_text=True), Column("parameters")]
     columns += [Column("without wpe")] if layout == "full" else []
     columns += [Column("share")]
+    columns += [Column("seeds")] if any(row["seeds"] > 1 for row in rows) else []
     columns += [Column("trained on")] if layout == "full" else []
     for number, (measure, title) in enumerate(measures.items(), start=1):
         metric = "acc." if _first(rows, measure)["metric"] == "accuracy" else "ppl"
         columns += [Column(metric, f"{title} [{number}]"), Column("recovery", f"{title} [{number}]")]
     common = {mark for mark in MEANING if all(mark in marks_of([row]) for row in rows)}
-    body = tuple(_row(cells, list(measures), common, layout=layout) for cells in subjects)
+    seeded = any(column.title == "seeds" for column in columns)
+    body = tuple(_row(cells, list(measures), common, layout=layout, seeded=seeded) for cells in subjects)
     marks_best = any(cell.is_best for row in body for cell in row)
     below = notes(rows, list(measures), marks_best=marks_best, brief=layout == "brief")
     return Table(tuple(columns), body, below, marks_best)
@@ -97,7 +100,12 @@ def _subjects(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]
 
 
 def _row(
-    cells: dict[str, dict[str, Any]], measures: Sequence[str], common: set[str], *, layout: Layout
+    cells: dict[str, dict[str, Any]],
+    measures: Sequence[str],
+    common: set[str],
+    *,
+    layout: Layout,
+    seeded: bool,
 ) -> tuple[Cell, ...]:
     row = next(iter(cells.values()))
     marks = "".join(mark for mark in marks_of(cells.values()) if mark not in common)
@@ -114,6 +122,7 @@ def _row(
     ]
     found += [Cell(krony)] if layout == "full" else []
     found += [Cell(names.share(row["share"]))]
+    found += [Cell(names.MISSING if row["is_dense"] else str(row["seeds"]))] if seeded else []
     found += [Cell(training)] if layout == "full" else []
     for measure in measures:
         cell = cells.get(measure)

@@ -64,4 +64,5 @@ def _best(group: Sequence[Row]) -> str:
 
 def _measured(row: Row) -> str:
     unit = "accuracy" if row["metric"] == "accuracy" else "perplexity"
-    return f"{unit} {names.quantity(row['value'], row['metric'])}"
+    seeds = f" (mean of {row['seeds']} seeds)" if row["seeds"] > 1 else ""
+    return f"{unit} {names.quantity(row['value'], row['metric'])}{seeds}"

@@ -2,8 +2,8 @@
 
 `scores` has one row per measured cell: the number, what it means (protocol, text, tokens), and everything
 that its chain of records says about the model. Cells may be compared only within one `measure`: the same
-protocol, version and token sequence. `history` has one row per run and step, `modules` one per replaced
-weight matrix.
+protocol, version and token sequence. `arms` is the same with all seeds of an arm in one row. `history` has
+one row per run and step, `modules` one per replaced weight matrix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import names
+from analysis.arms import arms, relabelled
 from analysis.compare import compared
 from analysis.gaps import gaps, unscored
 from analysis.lineage import Graph, Lineage
@@ -28,6 +29,9 @@ class Frames:
     """The tables of one store, or of chosen scores in it."""
 
     scores: pd.DataFrame
+    arms: pd.DataFrame
+    """`scores`, with models that differ in seeds alone in one row: what tables and plots show."""
+
     history: pd.DataFrame
     modules: pd.DataFrame
     problems: tuple[str, ...]
@@ -49,23 +53,30 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
             problems.append(f"{record.address}: the model it scored has no record")
         else:
             paths.append((record, lineage))
-    table = in_order(compared(_scores(paths), partial(losses, store), problems))
-    curves = history(store, graph, table, problems)
-    errors = modules(store, graph, table, problems)
+    rows = _scores(paths)
+    read = partial(losses, store)
+    table = compared(checked(rows, SCORES), read, problems)
+    together = relabelled(arms(rows))
+    seeded = any(row["seeds"] > 1 for row in together)
+    combined = in_order(compared(checked(together, SCORES), read, problems) if seeded else table)
+    table = in_order(_as_arms(table, combined) if seeded else table)
+    curves = history(store, graph, table, combined, problems)
+    errors = modules(store, graph, combined, problems)
     problems += gaps(table)
     if not scores:
         problems += unscored(graph, table)
-    return Frames(table, curves, errors, tuple(dict.fromkeys(problems)))
+    return Frames(table, combined, curves, errors, tuple(dict.fromkeys(problems)))
 
 
-def _scores(paths: Sequence[tuple[Record, Lineage]]) -> pd.DataFrame:
+def _scores(paths: Sequence[tuple[Record, Lineage]]) -> list[dict[str, Any]]:
     rows = [_row(record, lineage) for record, lineage in paths]
     subjects = {row["subject"]: row for row in rows}
-    labels = names.distinct(
-        [row["label"] for row in subjects.values()], [row["config"] for row in subjects.values()]
-    )
+    labels = [row["plain_label"] for row in subjects.values()]
+    for key in ("config", "calibration"):
+        labels = names.distinct(labels, [row[key] for row in subjects.values()])
+    named = dict(zip(subjects, labels, strict=True))
     for row in rows:
-        row["label"] = labels[list(subjects).index(row["subject"])]
+        row["label"] = named[row["subject"]]
     dense = {(row["teacher"], row["measure"]): row for row in rows if row["is_dense"]}
     for row in rows:
         reference = dense.get((row["teacher"], row["measure"]))
@@ -75,6 +86,17 @@ def _scores(paths: Sequence[tuple[Record, Lineage]]) -> pd.DataFrame:
         row["recovery"] = value / best if row["metric"] == "accuracy" else best / value
         if reference.get("parameters") and row.get("parameters"):
             row["share"] = row["parameters"] / reference["parameters"]
+    return rows
+
+
+def _as_arms(scores: pd.DataFrame, combined: pd.DataFrame) -> pd.DataFrame:
+    """`scores` with the verdicts of their arms: whoever is best is so with all seeds."""
+    verdicts = ["group", "worse_by", "worse_by_low", "worse_by_high", "p_adjusted", "is_best"]
+    by_cell = {address: row for row in combined.to_dict("records") for address in str(row["address"]).split()}
+    rows = [
+        {**row, **{key: by_cell[row["address"]][key] for key in verdicts}}
+        for row in scores.to_dict("records")
+    ]
     return checked(rows, SCORES)
 
 
@@ -87,6 +109,7 @@ def _row(record: Record, lineage: Lineage) -> dict[str, Any]:
     is_dense = lineage.subject.kind == "teacher"
     method = dict(init.config.get("method", {})) if init and not is_dense else {}
     train = dict(run.config.get("train", {})) if run else {}
+    calibration = dict(lineage.stats.config) if lineage.stats and not is_dense else {}
     known = {key: measured[key] for key in SCORES if key in measured}
     return {
         **known,
@@ -94,11 +117,14 @@ def _row(record: Record, lineage: Lineage) -> dict[str, Any]:
         "measure": f"{protocol} v{version} {str(measured.get('tokens_sha256', ''))[:12]}",
         "protocol": protocol,
         "version": version,
-        "label": _label(lineage, method, n_embd=measured.get("n_embd")),
+        "plain_label": _label(lineage, method, n_embd=measured.get("n_embd")),
         "variant": str((run or lineage.subject).settings.get("name", "")),
         "method": "dense teacher" if is_dense else str(method.get("name", "?")),
         "is_dense": is_dense,
         "seed": run.config.get("seed") if run else None,
+        "calibration_seed": calibration.get("seed"),
+        "seeds": 1,
+        "arm": lineage.arm,
         "budget": (init.config.get("budget", {}).get("params") or None) if init and not is_dense else None,
         "steps": run.metrics.get("steps", train.get("max_steps")) if run else 0,
         "train_tokens": run.metrics.get("tokens") if run else 0,
@@ -122,6 +148,7 @@ def _row(record: Record, lineage: Lineage) -> dict[str, Any]:
             "train": train,
             "seed": run.config.get("seed") if run else None,
         },
+        "calibration": {key: value for key, value in calibration.items() if key != "needs"},
     }
 
 

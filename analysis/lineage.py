@@ -5,12 +5,17 @@ is a report of half a store. A link drifts when the input's payload is no longer
 a result is dirty when it was made from a work tree with changes that no commit holds.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import StoreError
 from pipeline.store.artifacts import Store
 from pipeline.store.records import KINDS, Record
+
+SEEDED = ("model", "run", "init", "stats")
+"""Kinds in which `seed` says which try it is: of training, of compression, of calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,11 @@ class Lineage:
 
     run: Record | None
     init: Record | None
+    stats: Record | None
     teacher: Record | None
+    arm: str
+    """What was scored, seeds aside: equal for two models that differ in seeds alone."""
+
     drifted: tuple[str, ...]
     """Addresses on the path whose payload changed after it was used."""
 
@@ -80,11 +89,25 @@ class Graph:
             subject=subject,
             run=_first(path, "run"),
             init=_first(path, "init"),
+            stats=_first(path, "stats"),
             teacher=_first(path, "teacher"),
+            arm=self._arm(subject.address),
             drifted=tuple(dict.fromkeys(drifted)),
             missing=tuple(dict.fromkeys(missing)),
             dirty=any(record.provenance.get("dirty") for record in (scores, *path)),
         )
+
+    def _arm(self, address: str) -> str:
+        """Digest of a model and what it was made from, without the seeds on the way to its teacher."""
+        record = self.records.get(address)
+        if record is None or record.kind not in SEEDED:
+            return address
+        body = {
+            "kind": record.kind,
+            "config": {key: value for key, value in record.config.items() if key != "seed"},
+            "inputs": {role: self._arm(ref.address) for role, ref in record.inputs.items()},
+        }
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:10]
 
     def _ancestors(self, record: Record) -> Iterator[Record]:
         """The record and all it was made from, nearest first, each once."""

@@ -17,6 +17,11 @@ BEST = (
     "paired bootstrap over the text, Holm, 5 %). Seed noise is not in it where a model has one seed."
 )
 
+SEEDS = (
+    "seeds: models that differ in seeds alone (of training, compression, calibration) are one row: the mean, "
+    "for perplexity of the loss. Their noise is in the interval (Student's t) as the text is (bootstrap)."
+)
+
 
 def marks_of(rows: Iterable[Mapping[str, Any]]) -> str:
     """What is wrong with the paths of these cells, as marks."""
@@ -48,6 +53,8 @@ def notes(
         found.append(
             "recovery: perplexity of the dense teacher over that of the model; accuracy over accuracy."
         )
+    if any(row["seeds"] > 1 for row in rows):
+        found.append(SEEDS)
     if marks_best:
         found.append(BEST)
     said = {mark: [row for row in rows if mark in marks_of([row])] for mark in MEANING}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup, escape
 
 from analysis.comparison import Table, comparison, measure_titles
@@ -45,7 +44,7 @@ class Origin:
     """Protocol and address of each score."""
 
     path: tuple[str, ...]
-    """Addresses of model, run, init and teacher."""
+    """Addresses of model, run, init and teacher; each of every seed."""
 
     commits: tuple[str, ...]
     commands: tuple[str, ...]
@@ -70,6 +69,11 @@ class Page:
     store: str
     written: str
 
+    @property
+    def is_seeded(self) -> bool:
+        """Whether any row stands for several seeds."""
+        return any(column.title == "seeds" for column in self.wide.columns)
+
     def html(self) -> str:
         """The page, self-contained."""
         return _render("page.html.j2", self)
@@ -83,12 +87,12 @@ def build_page(frames: Frames, *, store: str, written: str) -> Page:
     """Everything a report says about these frames; `written` is the time of the newest record."""
     commands = frames.scores["command"].dropna()
     return Page(
-        summary=summary(frames.scores),
-        table=comparison(frames.scores),
-        wide=comparison(frames.scores, layout="page"),
+        summary=summary(frames.arms),
+        table=comparison(frames.arms),
+        wide=comparison(frames.arms, layout="page"),
         published=published_table(),
         figures=figures(frames),
-        origins=tuple(_origins(frames.scores)),
+        origins=tuple(_origins(frames)),
         problems=frames.problems,
         commands=tuple(dict.fromkeys(str(command) for command in commands if command)),
         store=store,
@@ -103,7 +107,7 @@ def figures(frames: Frames) -> tuple[Figure, ...]:
             f"size-quality-{number}",
             f"Size and quality under {title}",
             f"Scatter plot of parameters against the value under {title}, with the Pareto front.",
-            size_quality(frames.scores[frames.scores["measure"] == measure]),
+            size_quality(frames.arms[frames.arms["measure"] == measure]),
         )
         for number, (measure, title) in enumerate(measure_titles(frames.scores).items(), start=1)
     ]
@@ -125,18 +129,19 @@ def figures(frames: Frames) -> tuple[Figure, ...]:
     return tuple(figure for figure in drawn if figure.svg)
 
 
-def _origins(scores: pd.DataFrame) -> list[Origin]:
+def _origins(frames: Frames) -> list[Origin]:
+    """Of each row of the table, with every seed behind it."""
     found = []
-    for _, cells in scores.groupby("subject", sort=False):
+    for subject, arm in frames.arms.groupby("subject", sort=False):
+        cells = frames.scores[frames.scores["subject"].isin(str(subject).split())]
         rows = cells.to_dict("records")
-        first = rows[0]
-        path = [first[key] for key in ("subject", "run", "init", "teacher") if first[key]]
+        path = [row[key] for key in ("subject", "run", "init", "teacher") for row in rows if row[key]]
         warnings = [f"changed after use: {row['drifted']}" for row in rows if row["drifted"]]
         warnings += [f"no record any more: {row['missing']}" for row in rows if row["missing"]]
         warnings += ["made from uncommitted code"] if any(row["dirty"] is True for row in rows) else []
         found.append(
             Origin(
-                label=first["label"],
+                label=arm["label"].iloc[0],
                 scores=tuple((row["protocol"], row["address"]) for row in rows),
                 path=tuple(dict.fromkeys(path)),
                 commits=tuple(dict.fromkeys(row["commit"][:12] for row in rows if row["commit"])),

@@ -96,14 +96,19 @@ def size_quality(scores: pd.DataFrame) -> str:
 
 
 def loss_curves(history: pd.DataFrame) -> str:
-    """Validation loss of every run against the tokens it was trained on; training loss behind it, faint."""
-    runs = list(history.groupby(["run", "label"], sort=False))
+    """Validation loss of every run against the tokens it was trained on; training loss behind it, faint.
+
+    Seeds of one arm share their colour.
+    """
+    runs = list(history.groupby(["run", "arm"], sort=False))
+    arms = list(dict.fromkeys(arm for (_, arm), _ in runs))
     if not runs:
         return ""
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
-        for number, ((_, label), points) in enumerate(runs):
+        for (_, label), points in runs:
+            number = arms.index(label)
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
             marker = MARKERS[number % len(MARKERS)]
             trained = points.dropna(subset=["loss"])

@@ -40,7 +40,7 @@ def write_report(store: Store | str, out: Path, *, scores: Sequence[str] = ()) -
     frames = load_frames(opened, scores=scores)
     finished = frames.scores["finished"].dropna()
     page = build_page(frames, store=opened.root.uri, written=str(max(finished, default="")))
-    table = comparison(frames.scores)
+    table = comparison(frames.arms)
     place = Location.of(out)
     contents = {
         "report.html": page.html(),
@@ -53,7 +53,7 @@ def write_report(store: Store | str, out: Path, *, scores: Sequence[str] = ()) -
     }
     for key, text in contents.items():
         place.put_bytes(key, text.encode())
-    shown = terminal(comparison(frames.scores, layout="brief"))
+    shown = terminal(comparison(frames.arms, layout="brief"))
     missing = "".join(f"\nmissing   {problem}" for problem in frames.problems)
     return Report(out / "report.html", out / "report.md", shown + missing, frames)
 
@@ -61,4 +61,4 @@ def write_report(store: Store | str, out: Path, *, scores: Sequence[str] = ()) -
 def comparison_table(store: Store | str, *, scores: Sequence[str] = ()) -> str:
     """The comparison table of a store for a terminal; writes nothing."""
     opened = store if isinstance(store, Store) else Store(store)
-    return terminal(comparison(load_frames(opened, scores=scores).scores, layout="brief"))
+    return terminal(comparison(load_frames(opened, scores=scores).arms, layout="brief"))

@@ -31,6 +31,9 @@ SCORES: Mapping[str, str] = {
     "method": "str",
     "is_dense": "bool",
     "seed": "int",
+    "calibration_seed": "int",
+    "seeds": "int",
+    "arm": "str",
     "parameters": "int",
     "krony_parameters": "int",
     "non_embedding_parameters": "int",
@@ -66,6 +69,7 @@ SCORES: Mapping[str, str] = {
 HISTORY: Mapping[str, str] = {
     "run": "str",
     "label": "str",
+    "arm": "str",
     "step": "int",
     "tokens": "int",
     "loss": "float",

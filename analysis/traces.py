@@ -29,9 +29,12 @@ def losses(store: Store, address: str) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(artifact.location.read_bytes("losses.parquet")))
 
 
-def history(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
+def history(
+    store: Store, graph: Graph, table: pd.DataFrame, arms: pd.DataFrame, problems: list[str]
+) -> pd.DataFrame:
     """The points of every run behind a score, and of teachers that were trained here."""
     labels = _labels(table, "run") | _labels(table[table["is_dense"]], "subject")
+    together = {key: label for column in ("run", "subject") for key, label in _labels(arms, column).items()}
     rows: list[dict[str, Any]] = []
     for address, label in labels.items():
         try:
@@ -39,7 +42,8 @@ def history(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]
         except StoreError as err:
             problems.append(f"{address}: {err}")
             continue
-        rows += [{"run": address, "label": label, **point} for point in points]
+        place = {"run": address, "label": label, "arm": together.get(address, label)}
+        rows += [{**place, **point} for point in points]
     return checked(rows, HISTORY)
 
 
@@ -47,9 +51,10 @@ _SITE = re.compile(r"h\.(\d+)\.(.+)")
 
 
 def modules(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
-    """Relative error of every replaced matrix, by layer."""
+    """Relative error of every replaced matrix, by layer; of several seeds the first."""
     rows: list[dict[str, Any]] = []
-    for address, label in _labels(table, "init").items():
+    firsts = {label: address for address, label in reversed(_labels(table, "init").items())}
+    for label, address in reversed(firsts.items()):
         record = graph.records[address]
         if REPORT not in record.files:
             continue
@@ -77,6 +82,9 @@ def _payload(store: Store, record: Record) -> Location:
 
 
 def _labels(table: pd.DataFrame, column: str) -> dict[str, str]:
-    """Label of each address in `column`; empty addresses are left out."""
+    """Label of each address in `column`, of which a cell may hold several or none."""
     pairs = table[[column, "label"]].drop_duplicates(column)
-    return {str(address): str(label) for address, label in pairs.itertuples(index=False) if address}
+    found: dict[str, str] = {}
+    for addresses, label in pairs.itertuples(index=False):
+        found |= {address: str(label) for address in str(addresses).split() if address not in found}
+    return found

@@ -38,6 +38,12 @@ class Invented:
     parameters: int
     worse: float
     seed: int = 0
+    lr: float = 6e-4
+    calibration_seed: int | None = None
+    """None: a method that needs no statistics."""
+
+    version: int = 1
+    """Of the producer of the run."""
 
 
 MODELS = (
@@ -113,16 +119,21 @@ def train(
 ) -> Identity:
     """Init, run and model of one invented model; returns the identity of the model."""
     config = {"method": dict(model.method), "budget": {"params": model.parameters}}
-    init = Identity("init", str(model.method["name"]), config, {"teacher": teacher})
+    inputs = {"teacher": teacher}
+    if model.calibration_seed is not None:
+        measured = {"needs": ["input_gram"], "sequences": 128, "seed": model.calibration_seed}
+        inputs["stats"] = Identity("stats", "input_gram", measured, {"teacher": teacher, "tokens": tokens})
+        put(store, inputs["stats"], {"stats.safetensors": b"stats"}, {})
+    init = Identity("init", str(model.method["name"]), config, inputs)
     put(
         store,
         init,
         {"model.safetensors": b"init", "report.json": matrix_report(model)},
         sizes(model.parameters),
     )
-    settings = {"max_steps": 2000, "batch_tokens": 491_520, "seq_len": 1024, "lr": 6e-4}
+    settings = {"max_steps": 2000, "batch_tokens": 491_520, "seq_len": 1024, "lr": model.lr}
     run = Identity("run", f"{init.name}-s{model.seed}", {"train": settings, "seed": model.seed},
-                   {"init": init, "tokens": tokens})  # fmt: skip
+                   {"init": init, "tokens": tokens}, model.version)  # fmt: skip
     if store.find(run) is None:
         with store.attempt(run, resume=True) as attempt:
             attempt.location.put_bytes("model.safetensors", model.name.encode())

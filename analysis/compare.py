@@ -86,7 +86,7 @@ def _arms(
     units: list[tuple[Row, Floats, Floats]] = []
     for row in cells:
         try:
-            seeds = [_units(read(address), row["weighting"]) for address in row["address"].split()]
+            seeds = [units_of(read(address), row["weighting"]) for address in row["address"].split()]
         except (StoreError, OSError, KeyError, ValueError) as err:
             problems.append(f"{row['address']}: no losses per unit, so no interval ({err})")
             continue
@@ -137,7 +137,8 @@ def _mark_best(rivals: Sequence[Arm]) -> None:
         rival.row.update(verdict, p_adjusted=p_value, is_best=p_value >= ALPHA)
 
 
-def _units(losses: pd.DataFrame, weighting: str) -> Units:
+def units_of(losses: pd.DataFrame, weighting: str) -> Units:
+    """The units of a scores artifact, as its protocol averages over them."""
     nll, tokens = losses["nll"].to_numpy(float), losses["tokens"].to_numpy(float)
     if weighting == "passages":
         return 1.0 - losses["correct"].to_numpy(float), np.ones(len(losses))

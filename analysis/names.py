@@ -39,9 +39,9 @@ def distinct(labels: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> lis
     result = list(labels)
     for label in dict.fromkeys(labels):
         group = [i for i, other in enumerate(labels) if other == label]
-        leaves = sorted({leaf for i in group for leaf in differing(configs[group[0]], configs[i])})
+        leaves = sorted({path for i in group for path in differing(configs[group[0]], configs[i])})
         for i in group if len(group) > 1 else ():
-            words = [f"{leaf.rsplit('.', 1)[-1]}={_leaf(configs[i], leaf)}" for leaf in leaves]
+            words = [f"{path.rsplit('.', 1)[-1]}={_leaf(configs[i], path)}" for path in leaves]
             result[i] = " ".join([label, *words])
     return result
 
@@ -50,6 +50,11 @@ def _leaf(config: Mapping[str, Any], path: str) -> str:
     value: Any = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
+    return leaf(value)
+
+
+def leaf(value: Any) -> str:
+    """One value of a config: `384×1536`, `0.001`, `rms`."""
     if isinstance(value, list | tuple):
         return "×".join(map(str, value))
     return MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)

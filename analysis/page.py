@@ -76,11 +76,11 @@ class Page:
 
     def html(self) -> str:
         """The page, self-contained."""
-        return _render("page.html.j2", self)
+        return render("page.html.j2", self)
 
     def markdown(self) -> str:
         """The page in Markdown; figures lie beside it as `figures/*.svg`."""
-        return _render("page.md.j2", self)
+        return render("page.md.j2", self)
 
 
 def build_page(frames: Frames, *, store: str, written: str) -> Page:
@@ -153,7 +153,8 @@ def _origins(frames: Frames) -> list[Origin]:
     return found
 
 
-def _render(name: str, page: Page) -> str:
+def render(name: str, page: object) -> str:
+    """A template of this package, filled in from `page`."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda each: files("analysis").joinpath(each).read_text(encoding="utf-8")

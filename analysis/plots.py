@@ -26,7 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 INK, FAINT = "#1a1a1a", "#d0d0d0"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -75,7 +75,7 @@ def size_quality(scores: pd.DataFrame) -> str:
     points = [Point.of({str(key): value for key, value in row.items()}) for row in rows]
     accuracy = rows[0]["metric"] == "accuracy"
     methods = sorted({point.method for point in points if not point.is_dense})
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
         for point in points:
@@ -91,8 +91,8 @@ def size_quality(scores: pd.DataFrame) -> str:
         axes.margins(x=0.16, y=0.14)
         axes.grid(visible=True, which="major")
         _names(axes, points)
-        _legend(axes)
-        return _svg(figure)
+        legend(axes)
+        return svg(figure)
 
 
 def loss_curves(history: pd.DataFrame) -> str:
@@ -104,7 +104,7 @@ def loss_curves(history: pd.DataFrame) -> str:
     arms = list(dict.fromkeys(arm for (_, arm), _ in runs))
     if not runs:
         return ""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
         for (_, label), points in runs:
@@ -113,10 +113,10 @@ def loss_curves(history: pd.DataFrame) -> str:
             marker = MARKERS[number % len(MARKERS)]
             trained = points.dropna(subset=["loss"])
             axes.plot(
-                _floats(trained["tokens"]), _floats(trained["loss"]), color=colour, alpha=0.25, linewidth=0.8
+                floats(trained["tokens"]), floats(trained["loss"]), color=colour, alpha=0.25, linewidth=0.8
             )
             validated = points.dropna(subset=["val_loss"])
-            x, y = _floats(validated["tokens"]), _floats(validated["val_loss"])
+            x, y = floats(validated["tokens"]), floats(validated["val_loss"])
             every = max(1, len(x) // 8)
             axes.plot(
                 x, y, dash, color=colour, marker=marker, markersize=5, markevery=every, label=str(label)
@@ -125,8 +125,8 @@ def loss_curves(history: pd.DataFrame) -> str:
         axes.set_ylabel("loss (nats per token)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if value else "0"))
         axes.grid(visible=True)
-        _legend(axes)
-        return _svg(figure)
+        legend(axes)
+        return svg(figure)
 
 
 def layer_errors(modules: pd.DataFrame) -> str:
@@ -136,7 +136,7 @@ def layer_errors(modules: pd.DataFrame) -> str:
     if not models:
         return ""
     scale = Normalize(0.0, max(1.0, float(known["error"].max())))  # 0 exact, 1 as bad as nothing
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         height = sum(0.62 + 0.34 * rows["matrix"].nunique() for _, rows in models) + 0.3
         figure = Figure(figsize=(6.8, height), layout="constrained")
         panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
@@ -154,7 +154,7 @@ def layer_errors(modules: pd.DataFrame) -> str:
             ScalarMappable(scale, "cividis"), ax=list(panels), shrink=min(1.0, 2.4 / height), pad=0.02
         )
         bar.set_label("relative error")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw(axes: Axes, point: Point, *, colour: str, marker: str) -> None:
@@ -223,18 +223,20 @@ def _values(axes: Axes, grid: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
+    """The series of one panel, each once, below it."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     columns = 2 if max(map(len, unique)) > 20 else 4
     axes.figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=columns, fontsize=9)
 
 
-def _floats(column: pd.Series) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def floats(column: pd.Series) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """A column as numbers to draw."""
     return column.to_numpy(dtype=float)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as one `<svg>` element, without date, creator and XML head."""
     sink = io.StringIO()
     figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

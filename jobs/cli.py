@@ -21,6 +21,7 @@ VERBS = {
     "train": "recovery training of a compressed model",
     "export": "trained model to folders that others can load",
     "eval": "model to scores, by protocol",
+    "sweep": "many runs over axes and seeds: plan, train, compare",
     "report": "records to tables, plots and one page",
     "status": "what is done, running and left",
     "shapes": "legal Kronecker shapes with parameters, ranks and MACs",

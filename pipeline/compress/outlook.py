@@ -7,7 +7,7 @@ before, and where it follows from the weights, only its cap is known.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.config import GPT2Config, ModelError, ModelSpec
 from pipeline.config.schema import BudgetConfig, HubTeacher, RunConfig
@@ -102,7 +102,7 @@ def budget_of(config: BudgetConfig) -> "Budget":
     )
 
 
-def _architecture(config: RunConfig) -> dict[str, int]:
+def _architecture(config: RunConfig) -> dict[str, Any]:
     teacher = config.teacher
     if isinstance(teacher, HubTeacher):
         folder = Location.of(teacher.id)

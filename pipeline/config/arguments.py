@@ -8,6 +8,7 @@ suggestion.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -54,14 +55,19 @@ class LineParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-def parse(
-    verb: str,
-    argv: Sequence[str] | None,
-    *,
-    about: str,
-    extend: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> Arguments:
+Extend = Callable[[argparse.ArgumentParser], None]
+
+
+def parse(verb: str, argv: Sequence[str] | None, *, about: str, extend: Extend | None = None) -> Arguments:
     """Parse `argv`; raises ConfigError (exit code 2) for anything that is not understood."""
+    options, overrides = parse_words(verb, argv, about=about, extend=extend)
+    return Arguments(load_study(options.config, overrides=overrides), options)
+
+
+def parse_words(
+    verb: str, argv: Sequence[str] | None, *, about: str, extend: Extend | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """The verb's options, `config` among them, and the words that set config fields; reads no file."""
     parser = LineParser(
         prog=f"krony {verb}",
         description=about,
@@ -77,11 +83,8 @@ def parse(
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     if extend:
         extend(parser)
-    import sys
-
     own, overrides = _split(parser, list(sys.argv[1:] if argv is None else argv))
-    options = parser.parse_args(own)
-    return Arguments(load_study(options.config, overrides=overrides), options)
+    return parser.parse_args(own), overrides
 
 
 def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:

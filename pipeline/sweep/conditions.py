@@ -23,6 +23,7 @@ _SHAPE_KEYS = {
     "tolerance": "relative distance from params",
     "limit": "most pairs to keep",
     "keep_rank": "true or false",
+    "large_first": "true or false",
 }
 _METHOD_KEYS = ("methods", "track", "params", "tolerance")
 
@@ -33,8 +34,8 @@ def shape_options(
     """Every legal (shape, terms) of all MLPs near a size, largest first; ConfigError if there is none.
 
     Counted in the base config's convention, for the blocks that its method names. Pairs that cannot reach the
-    rank of the dense matrix are left out unless `keep_rank = false`; of equal sizes, the one with fewer
-    multiplications comes first.
+    rank of the dense matrix are left out unless `keep_rank = false`, and with `large_first` those whose first
+    factor is the smaller; of equal sizes, the one with fewer multiplications comes first.
     """
     if path != "method.shape":
         raise ConfigError(f"{where}: shapes_of is a condition on 'method.shape'")
@@ -45,10 +46,13 @@ def shape_options(
     rows, cols = _size(asked["shapes_of"], dense, where=where)
     low, high = _terms(asked.get("terms", 1), where=where)
     params, limit = (_natural(asked, key, where=where) for key in ("params", "limit"))
-    tolerance, keep_rank = asked.get("tolerance", 0.002), asked.get("keep_rank", True)
-    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1 or not isinstance(keep_rank, bool):
-        raise ConfigError(f"{where}: tolerance must lie in [0, 1) and keep_rank be true or false")
-    found: list[tuple[int, int, KronShape, int]] = []
+    tolerance = asked.get("tolerance", 0.002)
+    keep_rank, large_first = asked.get("keep_rank", True), asked.get("large_first", False)
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+        raise ConfigError(f"{where}: tolerance={json.dumps(tolerance)} must lie in [0, 1)")
+    if not isinstance(keep_rank, bool) or not isinstance(large_first, bool):
+        raise ConfigError(f"{where}: keep_rank and large_first must be true or false")
+    found: list[tuple[int, int, int, KronShape, int]] = []
     for shape in legal_shapes(rows, cols):
         for terms in range(low, min(high, shape.max_terms) + 1):
             size = _with_shape(base, dense, shape, terms).num_parameters(convention)
@@ -59,14 +63,18 @@ def shape_options(
                     f"(shape, terms) that cannot reach rank {min(rows, cols)}",
                     example=f"{terms} term(s) of {shape} reach rank {shape.rank_bound(terms)}",
                 )
+            elif large_first and shape.m1 * shape.n1 < shape.m2 * shape.n2:
+                removed.add(
+                    "(shape, terms) with the smaller factor first", example=f"{terms} term(s) of {shape}"
+                )
             else:
-                found.append((-size, terms * min(shape.macs()), shape, terms))
+                found.append((-size, terms * min(shape.macs()), -shape.m1 * shape.n1, shape, terms))
     if not found:
         raise ConfigError(f"{where}: no shape of {rows}x{cols} qualifies: {_why(removed)}")
     found.sort()
     kept = found[: limit or None]
     removed.add(f"(shape, terms) beyond the limit of {limit}", len(found) - len(kept))
-    return tuple(_shape_option(shape, terms, named=high > 1) for _, _, shape, terms in kept)
+    return tuple(_shape_option(shape, terms, named=high > 1) for *_, shape, terms in kept)
 
 
 def method_choices(

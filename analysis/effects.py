@@ -90,13 +90,13 @@ def before_stops(sweep: Sweep) -> tuple[int, tuple[Arm, ...]]:
     What early stopping made unbalanced at the end is whole there. 0 and no arms if nobody was stopped, or if
     there is no such point.
     """
+    points = {t.key: {int(tokens): float(loss) for tokens, loss in t.rungs} for t in sweep.trials}
     alive = [trial for trial in sweep.trials if trial.state != "failed"]
-    points = [{int(tokens): float(loss) for tokens, loss in trial.rungs} for trial in alive]
-    common = set.intersection(*map(set, points)) if points else set()
+    common = set.intersection(*(set(points[trial.key]) for trial in alive)) if alive else set()
     if not common or all(trial.state == "finished" for trial in alive):
         return 0, ()
     tokens = max(common)
-    losses = {trial.key: found[tokens] for trial, found in zip(alive, points, strict=True)}
+    losses = {key: found[tokens] for key, found in points.items() if tokens in found}
     arms = (
         Arm(
             name=name,

@@ -97,6 +97,13 @@ def share(value: Any) -> str:
     return f"{100 * value:.1f} %" if is_number(value) else MISSING
 
 
+def exponential(value: float | None) -> float | None:
+    """A loss as a perplexity; infinite where it has no number."""
+    if value is None:
+        return None
+    return math.exp(value) if value < 700 else math.inf
+
+
 def quantity(value: Any, metric: str) -> str:
     """A measurement: accuracy in per cent, perplexity with two decimals as long as they say something."""
     if not is_number(value):

@@ -117,7 +117,8 @@ def rungs(sweep: Sweep, ranking: Ranking) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.8, 4.6), layout="constrained")
         axes = figure.subplots()
-        for trial in sorted(trials, key=lambda trial: trial.arm in leaders):
+        place = {name: number for number, name in enumerate(leaders, start=1)}
+        for trial in sorted(trials, key=lambda trial: place.get(trial.arm, 0)):
             _curve(axes, trial, leaders)
         losses = np.array([loss for trial in trials for _, loss in trial.rungs if np.isfinite(loss)])
         low, high = float(losses.min()), float(np.quantile(losses, 0.98))
@@ -170,10 +171,13 @@ def _front(axes: Axes, arms: Sequence[Arm], size: str) -> None:
         [x for x, _, _ in front], [y for _, y, _ in front], color=INK, linewidth=1.0, linestyle=(0, (4, 3)),
         zorder=1, label="Pareto front",
     )  # fmt: skip
+    middle = (axes.get_xlim()[0] + axes.get_xlim()[1]) / 2
     for x, y, name in front:
+        side = 1 if x < middle else -1
         axes.annotate(
-            name, (x, y), xytext=(0, -9), textcoords="offset points", ha="center", va="top", fontsize=9,
-            color=INK, zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+            name, (x, y), xytext=(9 * side, 0), textcoords="offset points", va="center", fontsize=9,
+            ha="left" if side > 0 else "right", color=INK, zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
         )  # fmt: skip
 
 

@@ -5,18 +5,46 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import cli
-from pipeline.config.arguments import parse
+from pipeline.config.arguments import Arguments, parse
 from pipeline.progress import say
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
+    parser.add_argument("--sweep", metavar="NAME", help="report this sweep: its study's name, or an address")
     parser.add_argument("--sync", action="store_true", help="also tell MLflow every run that it missed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report of a store; with a config, of that study's scores only."""
+    """Write the report of a store; with a config, of that study's scores only; or that of one sweep."""
     arguments = parse("report", argv, about=__doc__, extend=_options)
+    if arguments.options.sweep:
+        _sweep(arguments)
+    else:
+        _store(arguments)
+    if arguments.options.sync:
+        from pipeline.store.artifacts import Store
+        from pipeline.tracking.sync import sync
+
+        first = arguments.study.first
+        told = sync(Store(first.store), uri=first.tracking.uri, experiment=first.tracking.experiment)
+        say("mlflow", f"{len(told)} runs are complete there")
+    return 0
+
+
+def _sweep(arguments: Arguments) -> None:
+    from analysis.sweep_report import write_sweep_report
+
+    options = arguments.options
+    report = write_sweep_report(arguments.study.first.store, options.sweep, options.out)
+    print(report.json() if arguments.json else report.table)
+    if not arguments.quiet and not arguments.json:
+        print(f"\nreport    {report.html}\n          {report.markdown}")
+        if report.best:
+            print(f"best      krony train {report.best}")
+
+
+def _store(arguments: Arguments) -> None:
     from analysis.report import write_report
     from pipeline.chain import chain
     from pipeline.store.artifacts import Store
@@ -29,15 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             wanted += [i.address for i in (*links.teacher_scores.values(), *links.scores.values())]
     report = write_report(Store(study.first.store), arguments.options.out, scores=list(dict.fromkeys(wanted)))
     print(report.json() if arguments.json else report.table)
-    if arguments.options.sync:
-        from pipeline.tracking.sync import sync
-
-        tracking = study.first.tracking
-        told = sync(Store(study.first.store), uri=tracking.uri, experiment=tracking.experiment)
-        say("mlflow", f"{len(told)} runs are complete there")
     if not arguments.quiet and not arguments.json:
         print(f"\nreport    {report.html}\n          {report.markdown}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ def require_path(path: str, *, where: str) -> None:
     if path in known:
         return
     leaf = path.rpartition(".")[2]
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.75) or [
-        each for each in known if each.rpartition(".")[2] == leaf
-    ]
-    near = near or difflib.get_close_matches(path, known, n=1)
+    same_leaf = sorted((each for each in known if each.rpartition(".")[2] == leaf), key=len)
+    near = (
+        difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+        or same_leaf
+        or difflib.get_close_matches(path, known, n=1)
+    )
     hint = f"did you mean {near[0]!r}?" if near else f"sections are {', '.join(_sections())}"
     raise ConfigError(f"{where}: no setting is called {path!r}; {hint}")
 

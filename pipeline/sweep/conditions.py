@@ -9,9 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from model.algebra.shapes import KronShape, legal_shapes
-from model.config import Kron, ModelSpec
+from model.config import ModelSpec
 from pipeline.compress.outlook import dense_spec
-from pipeline.config.schema import RunConfig
 from pipeline.config.sweep import SweepStudy
 from pipeline.errors import ConfigError
 from pipeline.sweep.axes import Option, Removed
@@ -42,7 +41,7 @@ def shape_options(
     if odd := sorted(set(asked) - set(_SHAPE_KEYS)):
         raise ConfigError(f"{where}: {odd[0]!r} is unknown; expected {', '.join(_SHAPE_KEYS)}")
     base = study.first
-    dense, convention = dense_spec(base), base.budget.convention
+    dense = dense_spec(base)
     rows, cols = _size(asked["shapes_of"], dense, where=where)
     low, high = _terms(asked.get("terms", 1), where=where)
     params, limit = (_natural(asked, key, where=where) for key in ("params", "limit"))
@@ -52,10 +51,13 @@ def shape_options(
         raise ConfigError(f"{where}: tolerance={json.dumps(tolerance)} must lie in [0, 1)")
     if not isinstance(keep_rank, bool) or not isinstance(large_first, bool):
         raise ConfigError(f"{where}: keep_rank and large_first must be true or false")
+    whole = dense.num_parameters(base.budget.convention)
+    named = getattr(base.method, "layers", ())
+    matrices = 2 * len(named if isinstance(named, tuple) and named else dense.blocks)
     found: list[tuple[int, int, int, KronShape, int]] = []
     for shape in legal_shapes(rows, cols):
         for terms in range(low, min(high, shape.max_terms) + 1):
-            size = _with_shape(base, dense, shape, terms).num_parameters(convention)
+            size = whole + matrices * (shape.params(terms) - rows * cols)
             if params and abs(size - params) > tolerance * params:
                 removed.add(f"(shape, terms) not within {tolerance:.2%} of {params:,} parameters")
             elif keep_rank and shape.rank_bound(terms) < min(rows, cols):
@@ -117,16 +119,6 @@ def method_choices(
 def _shape_option(shape: KronShape, terms: int, *, named: bool) -> Option:
     label = f"{shape.m1}x{shape.n1}" + (f" r={terms}" if named else "")
     return Option(label, {"method.shape": [shape.m1, shape.n1], "method.terms": terms})
-
-
-def _with_shape(base: RunConfig, dense: ModelSpec, shape: KronShape, terms: int) -> ModelSpec:
-    """The teacher with such products at the MLPs of the blocks that the base's method names."""
-    kron = Kron(m1=shape.m1, n1=shape.n1, m2=shape.m2, n2=shape.n2, terms=terms)
-    named = getattr(base.method, "layers", ())
-    blocks = named if isinstance(named, tuple) and named else range(len(dense.blocks))
-    up = {f"h.{i}.mlp.c_fc": kron for i in blocks}
-    down = {f"h.{i}.mlp.c_proj": kron.transposed() for i in blocks}
-    return dense.with_matrices(up | down)
 
 
 def _size(value: Any, dense: ModelSpec, *, where: str) -> tuple[int, int]:

@@ -155,17 +155,15 @@ def _totals(plan: SweepPlan) -> list[str]:
 def _legend(plan: SweepPlan) -> list[str]:
     lines = []
     if any(row.start.metric not in ("frobenius", "") for row in plan.trials):
-        lines.append(
-            "* in the metric of the method, not in the weights' own norm: compare within a method only"
-        )
+        lines.append("* in the metric of the method, not in the norm of the weights: compare within a method")
     if plan.train_s is not None:
+        lines += [
+            f"times     the best of {REPEATS} micro-batches of random tokens and one update, measured here for",
+            "          each structure; ~ is scaled by MACs from the nearest. Training and validation only: no",
+            "          start-up, no exports, no scores, nothing compiled",
+        ]
+    if plan.busy > BUSY:
         lines.append(
-            f"times: the best of {REPEATS} micro-batches of random tokens and one update of each structure, "
-            "measured here; ~ is scaled by MACs; start-up, exports, scores and compiling are not in them"
+            f"          the machine is busy: this took {plan.busy:.1f} times its processor time, which counts"
         )
-        if plan.busy > BUSY:
-            lines.append(
-                f"this machine is busy: the measurement took {plan.busy:.1f} times its processor time; "
-                "the times are those of an idle one"
-            )
     return lines

@@ -23,6 +23,7 @@ SIZES: Mapping[str, str] = {
     "parameters": "parameters, tied, position table included",
     "macs_per_token": "multiply-accumulates per token",
 }
+_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _DIM = "#9a9a9a"
 _LEADERS = 5
 """Arms that have a colour of their own among the curves."""
@@ -51,14 +52,15 @@ def pareto(sweep: Sweep, ranking: Ranking, *, size: str) -> str:
             )  # fmt: skip
             if arm.interval:
                 axes.vlines(x, arm.interval.low, arm.interval.high, color=colour, linewidth=1.5, zorder=2)
+        axes.margins(x=0.14, y=0.1)
         _front(axes, arms, size)
         if ranking.teacher_loss is not None:
             axes.axhline(ranking.teacher_loss, color=INK, linestyle=":", linewidth=1.2, label="dense teacher")
         axes.set_xlabel(SIZES[size])
         axes.set_ylabel("loss (nats per token, lower is better)")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        scale, unit = next(each for each in _UNITS if sizes.max() >= each[0])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:.4g}{unit}"))
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.margins(x=0.14, y=0.1)
         axes.grid(visible=True)
         legend(axes)
         return svg(figure)
@@ -122,6 +124,8 @@ def rungs(sweep: Sweep, ranking: Ranking) -> str:
             _curve(axes, trial, leaders)
         losses = np.array([loss for trial in trials for _, loss in trial.rungs if np.isfinite(loss)])
         low, high = float(losses.min()), float(np.quantile(losses, 0.98))
+        ends = [trial.rungs[-1][1] for trial in trials if np.isfinite(trial.rungs[-1][1])]
+        high = max(high, min(max(ends), 2 * high - low))  # every end is seen, unless it diverged
         axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
         axes.set_xlabel("tokens of training")
         axes.set_ylabel("validation loss (nats per token)")
@@ -144,7 +148,7 @@ def _curve(axes: Axes, trial: Trial, leaders: Sequence[str]) -> None:
         number = leaders.index(trial.arm)
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.plot(
-            x, y, DASHES[0], color=colour, linewidth=1.4, marker=marker, markersize=4.5, zorder=4,
+            x, y, DASHES[0], color=colour, linewidth=1.1, marker=marker, markersize=4, zorder=4,
             markevery=max(1, len(x) // 6), label=f"{number + 1}. {trial.arm}",
         )  # fmt: skip
     else:
@@ -167,15 +171,18 @@ def _effect(axes: Axes, effect: Effect) -> None:
 def _front(axes: Axes, arms: Sequence[Arm], size: str) -> None:
     """The arms that no other beats in loss and size, joined and named."""
     front = sorted((float(getattr(arm, size)), _loss(arm), arm.name) for arm in arms if size in arm.fronts)
-    axes.plot(
-        [x for x, _, _ in front], [y for _, y, _ in front], color=INK, linewidth=1.0, linestyle=(0, (4, 3)),
-        zorder=1, label="Pareto front",
+    right = axes.get_xlim()[1]
+    x, y = [x for x, _, _ in front], [y for _, y, _ in front]
+    axes.step(
+        [*x, right], [*y, y[-1]], where="post", color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1,
+        label="Pareto front",
     )  # fmt: skip
+    axes.set_xlim(right=right)
     middle = (axes.get_xlim()[0] + axes.get_xlim()[1]) / 2
-    for x, y, name in front:
-        side = 1 if x < middle else -1
+    for at, loss, name in front:
+        side = 1 if at < middle else -1
         axes.annotate(
-            name, (x, y), xytext=(9 * side, 0), textcoords="offset points", va="center", fontsize=9,
+            name, (at, loss), xytext=(9 * side, 0), textcoords="offset points", va="center", fontsize=9,
             ha="left" if side > 0 else "right", color=INK, zorder=4,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
         )  # fmt: skip

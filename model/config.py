@@ -44,6 +44,9 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in every LayerNorm."""
 
+    activation: Literal["gelu_new", "gelu"] = "gelu_new"
+    """Of the MLP: GPT-2's tanh form, or the exact `gelu` of nanoGPT and Krony-PT."""
+
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_ctx"):
             if getattr(self, name) < 1:
@@ -385,6 +388,8 @@ class ModelSpec:
     @classmethod
     def from_json(cls, value: object) -> Self:
         """Read `to_json` back; an unknown key or an impossible value raises ModelError with its path."""
+        if isinstance(value, dict) and isinstance(arch := value.get("arch"), dict):
+            value = value | {"arch": {"activation": "gelu_new"} | arch}  # folders from before there were two
         try:
             spec = decode(cls, value, "model")
         except ValueError as err:

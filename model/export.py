@@ -1,7 +1,8 @@
-"""A model in a folder: native, which keeps the factors, and stock, which plain transformers opens.
+"""A model in a folder: native and factored, which keep the factors, and stock, which is dense.
 
-Native: `config.json` with the spec, `model.safetensors` with the tensors; read back strictly. Stock: every
-structure is multiplied out and every narrow head or MLP padded with zeros; logits change by rounding alone.
+Native: `config.json` with the spec, `model.safetensors` with the tensors; read back strictly. Factored: the
+same tensors and spec as transformers wants them beside code that it can load. Stock: every structure is
+multiplied out and every narrow head or MLP padded with zeros; logits change by rounding alone.
 """
 
 import json
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import BlockSpec, ModelError, ModelSpec, SplitQKV
+from model.config import BlockSpec, GPT2Config, ModelError, ModelSpec, SplitQKV
 from model.gpt2 import GPT2
 from model.pretrained import load_strict, read_json, read_tensors, to_stock_state_dict
 
@@ -22,6 +23,7 @@ VERSION = 1
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 def save_native(model: GPT2, folder: Path) -> None:
@@ -82,6 +84,33 @@ def to_dense(model: GPT2) -> GPT2:
     return dense.train(model.training)
 
 
+def save_factored(model: GPT2, folder: Path, *, eos_id: int | None = None) -> None:
+    """Write the factors for transformers; the folder opens once the two files of `auto_map` lie in it.
+
+    `eos_id` is as in `save_stock`. Tensors have the names of the native folder.
+    """
+    spec = model.spec
+    eos_id = _eos(spec.arch, eos_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "architectures": ["KronyForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_krony.KronyConfig",
+            "AutoModelForCausalLM": "modeling_krony.KronyForCausalLM",
+        },
+        "model_type": "krony",
+        "spec": spec.to_json(),
+        "tie_word_embeddings": False,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "dtype": "float32",
+    }
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / GENERATION, {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id})
+
+
 def save_stock(model: GPT2, folder: Path, *, eos_id: int | None = None) -> None:
     """Write the dense form in the layout of the published GPT-2, without dropout.
 
@@ -89,16 +118,14 @@ def save_stock(model: GPT2, folder: Path, *, eos_id: int | None = None) -> None:
     """
     dense = to_dense(model)
     arch = dense.spec.arch
-    eos_id = arch.vocab_size - 1 if eos_id is None else eos_id
-    if not 0 <= eos_id < arch.vocab_size:
-        raise ModelError(f"eos_id={eos_id} is no token of a vocabulary of {arch.vocab_size:,}")
+    eos_id = _eos(arch, eos_id)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu() for name, value in to_stock_state_dict(dense).items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
+        "activation_function": arch.activation,
         "n_layer": arch.n_layer,
         "n_head": arch.n_head,
         "n_embd": arch.n_embd,
@@ -149,6 +176,14 @@ def _pad_heads(columns: Tensor, *, heads: int, width: int) -> Tensor:
     """(..., heads * r) -> (..., heads * width): zero columns behind the r of each head."""
     apart = columns.reshape(*columns.shape[:-1], heads, -1)
     return torch.nn.functional.pad(apart, (0, width - apart.shape[-1])).flatten(-2)
+
+
+def _eos(arch: GPT2Config, eos_id: int | None) -> int:
+    """The end-of-text token; ModelError if the vocabulary has none of that number."""
+    eos_id = arch.vocab_size - 1 if eos_id is None else eos_id
+    if not 0 <= eos_id < arch.vocab_size:
+        raise ModelError(f"eos_id={eos_id} is no token of a vocabulary of {arch.vocab_size:,}")
+    return eos_id
 
 
 def _write_json(path: Path, value: object) -> None:

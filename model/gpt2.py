@@ -1,11 +1,13 @@
 """GPT-2, with a seam where every weight matrix plugs in.
 
-The maths is that of the stock model: pre-LayerNorm blocks, learned positions, `gelu_new`, tied head. What
+The maths is that of the stock model: pre-LayerNorm blocks, learned positions, GELU, tied head. What
 stands at a weight matrix is asked of a factory, so a compressed model is this file with other layers. Heads
 and MLPs may be narrower than stock; the attention scale stays that of the stock head width.
 """
 
 # B batch · T tokens · C residual width · V vocabulary · H heads · Q, O width of a query or key, of a value
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from model.layers.embedding import Embedding
 from model.layers.factory import LinearFactory, make_linear, make_table
 from model.layers.structured import StructuredLinear
 from model.losses import chunked_cross_entropy_sum
+
+GELU: Mapping[str, str] = {"gelu_new": "tanh", "gelu": "none"}
+"""How torch calls them."""
 
 INIT_STD = 0.02
 """Standard deviation of GPT-2's fresh weights."""
@@ -55,15 +60,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, `gelu_new`, down."""
+    """Up, GELU, down."""
 
-    def __init__(self, layers: dict[str, StructuredLinear]) -> None:
+    def __init__(self, arch: GPT2Config, layers: dict[str, StructuredLinear]) -> None:
         super().__init__()
+        self.gelu = GELU[arch.activation]
         self.c_fc, self.c_proj = layers["mlp.c_fc"], layers["mlp.c_proj"]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
         return out
 
 
@@ -76,7 +82,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(arch.n_embd, eps=arch.layer_norm_epsilon)
         self.attn = Attention(block, arch, layers)
         self.ln_2 = nn.LayerNorm(arch.n_embd, eps=arch.layer_norm_epsilon)
-        self.mlp = MLP(layers)
+        self.mlp = MLP(arch, layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""

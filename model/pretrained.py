@@ -23,7 +23,6 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 
 FIXED: Mapping[str, Any] = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
@@ -39,13 +38,17 @@ def config_from_stock(values: Mapping[str, Any], *, where: str = "config.json") 
             raise ModelError(
                 f"{where}: {key} is {values[key]!r}; only {expected!r} is GPT-2 as computed here"
             )
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in ("gelu_new", "gelu"):
+        raise ModelError(f"{where}: activation_function is {activation!r}; 'gelu_new' and 'gelu' can be read")
     names = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
     names["n_ctx"] = "n_positions" if "n_positions" in values else "n_ctx"
     for name, key in names.items():
         if type(values.get(key)) is not int:
             raise ModelError(f"{where}: {name} is {values.get(key)!r}, expected a whole number")
     sizes = {name: values[key] for name, key in names.items()}
-    config = GPT2Config(**sizes, layer_norm_epsilon=float(values.get("layer_norm_epsilon", 1e-5)))
+    epsilon = float(values.get("layer_norm_epsilon", 1e-5))
+    config = GPT2Config(**sizes, layer_norm_epsilon=epsilon, activation=activation)
     if values.get("n_inner") not in (None, config.n_inner):
         raise ModelError(
             f"{where}: n_inner is {values['n_inner']}; only 4 n_embd = {config.n_inner} is supported"

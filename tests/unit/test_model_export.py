@@ -165,7 +165,7 @@ def test_a_compressed_model_has_no_stock_names(toy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation_function": "gelu"}, "activation_function is 'gelu'; only 'gelu_new'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; 'gelu_new' and 'gelu' can be read"),
         ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_inner": 100}, "n_inner is 100; only 4 n_embd = 128"),

@@ -98,12 +98,17 @@ def _named_default(table: Mapping[str, Any], outer: list[str]) -> dict[str, Any]
 
 
 def _walk(kind: Any, prefix: str, *, identity: bool) -> Iterator[tuple[str, bool]]:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for item in fields(kind):
         path, decides = f"{prefix}{item.name}", identity and item.metadata.get("identity", True)
         yield path, decides
         for member in _classes(hints[item.name]):
             yield from _walk(member, f"{path}.", identity=decides)
+
+
+@cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    return get_type_hints(kind)
 
 
 def _classes(hint: Any) -> list[Any]:
@@ -114,7 +119,7 @@ def _classes(hint: Any) -> list[Any]:
 def _enter(value: Any, kind: Any, item: Field[Any]) -> tuple[Any, Any]:
     """The value of a field in a raw table, and the class that stands there (None for a plain value)."""
     inner = value.get(item.name, {}) if isinstance(value, Mapping) else {}
-    members = _classes(get_type_hints(kind)[item.name])
+    members = _classes(_hints(kind)[item.name])
     if len(members) < 2:
         return inner, members[0] if members else None
     default = item.default_factory().name if item.default_factory is not MISSING else ""

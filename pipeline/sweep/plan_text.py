@@ -158,9 +158,9 @@ def _legend(plan: SweepPlan) -> list[str]:
         lines.append("* in the metric of the method, not in the norm of the weights: compare within a method")
     if plan.train_s is not None:
         lines += [
-            f"times     the best of {REPEATS} micro-batches of random tokens and one update, measured here for",
-            "          each structure; ~ is scaled by MACs from the nearest. Training and validation only: no",
-            "          start-up, no exports, no scores, nothing compiled",
+            f"times     the best of {REPEATS} micro-batches of random tokens and one update, measured here",
+            "          for each structure; ~ is scaled by MACs from the nearest. Training and validation",
+            "          only: no start-up, no exports, no scores, nothing compiled",
         ]
     if plan.busy > BUSY:
         lines.append(

@@ -9,6 +9,7 @@ from jobs import cli
 from pipeline.config.arguments import parse_words
 from pipeline.config.sweep import load_sweep
 from pipeline.errors import ConfigError
+from pipeline.progress import say
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = plan(study, space_of(study), probe=not options.no_probe, quiet=options.quiet)
         print(json.dumps(as_json(planned), indent=1) if options.json else text(planned))
         return 0
-    raise ConfigError("running a sweep is not possible yet; use --plan")
+    from pipeline.sweep.run import run_sweep
+
+    artifact = run_sweep(study, retry_failed=options.retry_failed, quiet=options.quiet)
+    from analysis.sweep_report import write_sweep_report
+
+    record = artifact.record
+    report = write_sweep_report(study.first.store, record.address, options.out)
+    print(report.json() if options.json else report.table)
+    if not options.quiet and not options.json:
+        print(f"\nreport    {report.html}\n          {report.markdown}")
+        if report.best:
+            print(f"best      krony train {report.best}")
+    if failed := record.metrics["failed"]:
+        why = f"`krony status {options.config}` says why, `--retry-failed` runs them again"
+        say("sweep", f"{failed} of {record.metrics['trials']} trials failed; {why}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pipeline.store.location import Location, sha256_file
 
 # Raised by one when a producer's results change, so that old artifacts are not mistaken for new ones.
 VERSIONS: Mapping[str, int] = dict.fromkeys(
-    ("corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores"), 1
+    ("corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores", "sweep"), 1
 ) | {"model": 2}
 
 FISHER = frozenset({"row_fisher", "col_fisher", "full_fisher"})

@@ -116,6 +116,12 @@ def data_lab() -> Any:
     return _module("data_lab")
 
 
+@pytest.fixture(scope="session")
+def sweep_lab() -> Any:
+    """A tiny study to sweep over, without Ray: the module `sweep_lab.py`."""
+    return _module("sweep_lab")
+
+
 def _module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, PROJECT / "tests" / f"{name}.py")
     assert spec is not None

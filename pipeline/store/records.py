@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.errors import StoreError
 
-Kind = Literal["corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores"]
+Kind = Literal["corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores", "sweep"]
 KINDS: tuple[str, ...] = get_args(Kind)
 SCHEMA = 1
 

@@ -1,0 +1,56 @@
+"""The identity of a sweep: what is varied and how it is searched, on which base. Loads no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.chain import VERSIONS, Chains
+from pipeline.config.identity import identity_fields
+from pipeline.config.sweep import SweepStudy
+from pipeline.store.artifacts import Identity, Store
+from pipeline.store.location import Location
+from pipeline.sweep.ledger import Book, Ledger
+
+
+def sweep_identity(study: SweepStudy) -> Identity:
+    """Kind `sweep`; another axis, seed, stop rule or base is another sweep, workers and places are not.
+
+    Raises DataError if a source of the base is not there.
+    """
+    base = study.first
+    chain = Chains().of(base)
+    left_out = ("name", "seed")
+    fields: Mapping[str, Any] = identity_fields(base)
+    sweep = identity_fields(study.sweep) | {
+        "axes": [list(axis) for axis in study.sweep.axes.items()]
+    }  # in order
+    config = {
+        "sweep": sweep,
+        "base": {name: value for name, value in fields.items() if name not in left_out},
+    }
+    return Identity(
+        "sweep", study.name, config, {"teacher": chain.teacher, "tokens": chain.tokens}, VERSIONS["sweep"]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a sweep is, from its ledger alone."""
+
+    address: str
+    is_published: bool
+    book: Book
+
+
+def standing(study: SweepStudy) -> Standing:
+    """Where the newest attempt at a sweep stands; an empty book before the first."""
+    identity, store = sweep_identity(study), Store(study.first.store)
+    artifact = store.find(identity)
+    location = artifact.location if artifact else _newest(store, identity)
+    book = Ledger(location).book if location else Book()
+    return Standing(identity.address, artifact is not None, book)
+
+
+def _newest(store: Store, identity: Identity) -> Location | None:
+    with store.attempt(identity, resume=True) as attempt:
+        return attempt.location

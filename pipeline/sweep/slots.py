@@ -1,0 +1,55 @@
+"""What a trial holds, and how many fit at once: by the scarcest of it, node by node. Pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pipeline.config.schema import RayConfig, RunConfig
+
+DRIVER_CPUS = 0.1
+"""CPUs of the actor of a trial whose training runs on workers of its own."""
+
+EPSILON = 1e-9
+
+
+def held(config: RunConfig, *, has_gpu: bool) -> RayConfig:
+    """What a trial of this config holds: as it says, with a GPU of its own where it will use one.
+
+    One worker needs no Ray Train; and `ray.gpus_per_worker` is 0 by default, which for a training that takes
+    the GPU by itself (`train.device`) means one whole GPU.
+    """
+    ray = config.ray if config.ray.workers > 1 else replace(config.ray, workers=0)
+    if has_gpu and ray.workers == 0 and ray.gpus_per_worker == 0 and config.train.device in ("auto", "cuda"):
+        return replace(ray, gpus_per_worker=1.0)
+    return ray
+
+
+def trial_slots(nodes: Sequence[Mapping[str, float]], config: RayConfig) -> int:
+    """Trials that fit on `nodes` (resources by name, of each) at the same time; 0 if not even one."""
+    if config.workers < 2:
+        return sum(_fit(node, config.cpus_per_worker, config.gpus_per_worker) for node in nodes)
+    workers = sum(_fit(node, config.cpus_per_worker, config.gpus_per_worker) for node in nodes)
+    spare = sum(node.get("CPU", 0.0) for node in nodes) + EPSILON
+    groups = workers // config.workers
+    # The actors of the trials themselves need room beside the workers.
+    return min(groups, int(spare / (config.workers * config.cpus_per_worker + DRIVER_CPUS)))
+
+
+def trial_resources(config: RayConfig) -> dict[str, float]:
+    """What the actor of one trial holds, by Tune's names."""
+    if config.workers < 2:
+        return {"cpu": config.cpus_per_worker, "gpu": config.gpus_per_worker}
+    return {"cpu": DRIVER_CPUS, "gpu": 0.0}
+
+
+def _fit(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Processes on one node; a share of a GPU never spans two devices."""
+    counts = []
+    if cpus > 0:
+        counts.append(math.floor(node.get("CPU", 0.0) / cpus + EPSILON))
+    if gpus > 0:
+        devices = math.floor(node.get("GPU", 0.0) + EPSILON)
+        counts.append(
+            devices * math.floor(1.0 / gpus + EPSILON) if gpus < 1 else math.floor(devices / gpus + EPSILON)
+        )
+    return min(counts, default=0)

@@ -90,7 +90,7 @@ def before_stops(sweep: Sweep) -> tuple[int, tuple[Arm, ...]]:
     What early stopping made unbalanced at the end is whole there. 0 and no arms if nobody was stopped, or if
     there is no such point.
     """
-    points = {t.key: {int(tokens): float(loss) for tokens, loss in t.rungs} for t in sweep.trials}
+    points = {t.key: {int(tokens): float(loss) for tokens, loss in t.rungs if tokens} for t in sweep.trials}
     alive = [trial for trial in sweep.trials if trial.state != "failed"]
     common = set.intersection(*(set(points[trial.key]) for trial in alive)) if alive else set()
     if not common or all(trial.state == "finished" for trial in alive):

@@ -122,17 +122,24 @@ def rungs(sweep: Sweep, ranking: Ranking) -> str:
         place = {name: number for number, name in enumerate(leaders, start=1)}
         for trial in sorted(trials, key=lambda trial: place.get(trial.arm, 0)):
             _curve(axes, trial, leaders)
-        losses = np.array([loss for trial in trials for _, loss in trial.rungs if np.isfinite(loss)])
-        low, high = float(losses.min()), float(np.quantile(losses, 0.98))
-        ends = [trial.rungs[-1][1] for trial in trials if np.isfinite(trial.rungs[-1][1])]
-        high = max(high, min(max(ends), 2 * high - low))  # every end is seen, unless it diverged
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+        axes.set_ylim(*_reach(trials))
         axes.set_xlabel("tokens of training")
         axes.set_ylabel("validation loss (nats per token)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if value else "0"))
         axes.grid(visible=True)
         legend(axes)
         return svg(figure)
+
+
+def _reach(trials: Sequence[Trial]) -> tuple[float, float]:
+    """Losses to show: all ends and nearly all points, but neither the start nor what diverged."""
+    points = [(tokens, loss) for trial in trials for tokens, loss in trial.rungs if np.isfinite(loss)]
+    losses = np.array([loss for tokens, loss in points if tokens > 0] or [loss for _, loss in points] or [0])
+    ends = [trial.rungs[-1][1] for trial in trials if np.isfinite(trial.rungs[-1][1])]
+    low, high = float(losses.min()), float(np.quantile(losses, 0.98))
+    high = max(high, min(max(ends, default=high), 2 * high - low))
+    room = 0.06 * (high - low) or 0.1
+    return low - room, high + room
 
 
 def _curve(axes: Axes, trial: Trial, leaders: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ class Trial:
     """Training tokens that it has seen."""
 
     val_loss: float | None = None
-    """Nats per token at its end; None unless it finished."""
+    """Nats per token at its last validation; None if there was none."""
 
     val_loss_initial: float | None = None
     rungs: Sequence[Sequence[float]] = ()

@@ -140,7 +140,7 @@ def trial(
         [tokens, round(float(final + 1.2 * np.exp(-tokens / 4e5) - 1.2 * np.exp(-TOTAL / 4e5)), 6)]
         for tokens in RUNGS
     ]
-    arm = f"{method} {shape[0]}x{shape[1]}"
+    arm, initial = f"{method} {shape[0]}x{shape[1]}", 7.9 if method == "random_init" else 5.2
     row = {
         "key": hashlib.sha256(f"{arm} {seed}".encode()).hexdigest()[:10],
         "name": f"{arm} s{seed}",
@@ -157,18 +157,22 @@ def trial(
         "macs_per_token": size - 300_000 + 40_000 * (shape[0] // 64),
         "tokens": TOTAL,
         "val_loss": curve[-1][1],
-        "val_loss_initial": 7.9 if method == "random_init" else 5.2,
-        "rungs": curve,
+        "val_loss_initial": initial,
+        "rungs": [[0, initial], *curve],
         "train_s": 61.0,
         "wall_s": 66.0,
     }
     if unhappy and (method, shape) in STOPPED:
-        row |= {"state": "stopped", "reason": "rung 196,608 tokens: place 8 of 9, 3 go on", "val_loss": None}
-        row |= {"tokens": RUNGS[0], "rungs": curve[:1], "train_s": 6.0, "wall_s": 8.0}
+        row |= {
+            "state": "stopped",
+            "reason": "rung 196,608 tokens: place 8 of 9, 3 go on",
+            "val_loss": curve[0][1],
+        }
+        row |= {"tokens": RUNGS[0], "rungs": [[0, initial], *curve[:1]], "train_s": 6.0, "wall_s": 8.0}
     if unhappy and (method, shape, seed) == FAILED:
         reason = "the loss is nan at step 90 (737,280 tokens); lower train.lr or train.grad_clip"
-        row |= {"state": "failed", "reason": reason, "val_loss": None}
-        row |= {"tokens": RUNGS[2], "rungs": curve[:3], "train_s": 19.0, "wall_s": 22.0}
+        row |= {"state": "failed", "reason": reason, "val_loss": curve[2][1]}
+        row |= {"tokens": RUNGS[2], "rungs": [[0, initial], *curve[:3]], "train_s": 19.0, "wall_s": 22.0}
     return row, config(folder, method, shape, seed)
 
 

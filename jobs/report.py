@@ -11,7 +11,7 @@ from pipeline.progress import say
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
-    parser.add_argument("--sweep", metavar="NAME", help="report this sweep: its study's name, or an address")
+    parser.add_argument("--sweep", metavar="NAME", help="report this sweep: name, address, or its file")
     parser.add_argument("--sync", action="store_true", help="also tell MLflow every run that it missed")
 
 
@@ -36,7 +36,14 @@ def _sweep(arguments: Arguments) -> None:
     from analysis.sweep_report import write_sweep_report
 
     options = arguments.options
-    report = write_sweep_report(arguments.study.first.store, options.sweep, options.out)
+    store, name = arguments.study.first.store, options.sweep
+    if name.endswith(".toml"):
+        from pipeline.config.sweep import load_sweep
+        from pipeline.sweep.identity import sweep_identity
+
+        study = load_sweep(Path(name))
+        store, name = study.first.store, sweep_identity(study).address
+    report = write_sweep_report(store, name, options.out)
     print(report.json() if arguments.json else report.table)
     if not arguments.quiet and not arguments.json:
         print(f"\nreport    {report.html}\n          {report.markdown}")

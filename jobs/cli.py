@@ -5,6 +5,7 @@ stays light.
 """
 
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ VERBS = {
     "report": "records to tables, plots and one page",
     "status": "what is done, running and left",
     "shapes": "legal Kronecker shapes with parameters, ranks and MACs",
+    "import": "a Krony-PT or nanoGPT checkpoint to folders of ours",
     "submit": "any of these as a job on a Ray cluster",
 }
 
@@ -58,7 +60,8 @@ def run(verb: str, argv: Sequence[str] | None = None) -> int:
         return _fail(f"krony: unknown verb {verb!r}; {hint}", 2)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        return int(importlib.import_module(f"jobs.{verb}").main(argv))
+        module = f"{verb}_" if keyword.iskeyword(verb) else verb
+        return int(importlib.import_module(f"jobs.{module}").main(argv))
     except KronyError as err:
         return _fail(f"krony {verb}: {err}", err.exit_code)
     except KeyboardInterrupt:

@@ -138,9 +138,12 @@ def save_nanogpt(model: GPT2, path: Path) -> None:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as err:
-        raise ModelError(f"{path}: {err.strerror or err}; expected a checkpoint file") from err
+        raise ModelError(f"{path}: {err.strerror}; expected a checkpoint file") from err
+    try:
+        with file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as err:  # whatever a damaged or hostile pickle brings up
         wanted = re.search(r"GLOBAL (\S+)", str(err))
         if wanted:

@@ -9,12 +9,13 @@ a source (package versions, file digests). Nothing heavy is loaded, so `krony st
 once.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from model.compress.recipe import SEEDED_METHODS
+from model.config import ModelError
+from pipeline.compress.outlook import dense_spec
 from pipeline.config.identity import identity_fields
 from pipeline.config.schema import HubTeacher, RunConfig, ScratchTeacher
 from pipeline.config.sources import BpeTokenizer, Corpus
@@ -147,10 +148,10 @@ def scores_identity(protocol: Protocol, model: Identity, tokens: Identity) -> Id
 def _context(config: RunConfig) -> int:
     if not isinstance(config.teacher, HubTeacher):
         return config.teacher.n_ctx
-    folder = Location.of(config.teacher.id)
-    if folder.exists("config.json"):
-        return int(json.loads(folder.read_bytes("config.json"))["n_positions"])
-    return 1024  # every published GPT-2
+    try:
+        return dense_spec(config).arch.n_ctx
+    except (ModelError, KeyError) as err:
+        raise ConfigError(f"teacher.id={config.teacher.id!r}: its config.json is no GPT-2's ({err})") from err
 
 
 def _tokenizer(config: RunConfig, corpus: Identity) -> Identity:

@@ -130,7 +130,8 @@ def _teacher(teacher: Record | None) -> Iterator[tuple[str, str]]:
         return
     if source := teacher.settings.get("source"):
         revision = str(teacher.config.get("revision", ""))
-        yield "teacher", f"published weights `{source}`" + (f" at `{revision[:12]}`" if revision else "")
+        name = source if revision else Path(source).name  # of a local folder only its name leaves the house
+        yield "teacher", f"published weights `{name}`" + (f" at `{revision[:12]}`" if revision else "")
     else:
         yield "teacher", f"`{teacher.address}`, pretrained on {teacher.metrics.get('tokens', 0):,} tokens"
 

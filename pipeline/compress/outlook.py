@@ -87,7 +87,15 @@ def try_outlook(config: RunConfig, stats: "StoredStats" = _nothing) -> Outlook:
 
 def dense_spec(config: RunConfig) -> ModelSpec:
     """The teacher's structure, as far as it is known without building it."""
-    return ModelSpec.dense(GPT2Config(**_architecture(config)))
+    teacher = config.teacher
+    if isinstance(teacher, HubTeacher):
+        folder = Location.of(teacher.id)
+        if not folder.exists("config.json"):
+            return ModelSpec.dense(GPT2Config())  # other published sizes are read when their folder is there
+        return _folder_spec(json.loads(folder.read_bytes("config.json")))
+    sizes = {name: getattr(teacher, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx")}
+    vocab = config.tokenizer.vocab_size if isinstance(config.tokenizer, BpeTokenizer) else 50257
+    return ModelSpec.dense(GPT2Config(**sizes, vocab_size=vocab))
 
 
 def budget_of(config: BudgetConfig) -> "Budget":
@@ -102,15 +110,11 @@ def budget_of(config: BudgetConfig) -> "Budget":
     )
 
 
-def _architecture(config: RunConfig) -> dict[str, Any]:
-    teacher = config.teacher
-    if isinstance(teacher, HubTeacher):
-        folder = Location.of(teacher.id)
-        if not folder.exists("config.json"):
-            return {}  # GPT-2 small; other published sizes are read when their folder is there
-        stock = json.loads(folder.read_bytes("config.json"))
-        names = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_ctx": "n_positions"}
-        return {ours: stock[theirs] for ours, theirs in names.items()} | {"vocab_size": stock["vocab_size"]}
-    sizes = {name: getattr(teacher, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx")}
-    vocab = config.tokenizer.vocab_size if isinstance(config.tokenizer, BpeTokenizer) else 50257
-    return sizes | {"vocab_size": vocab}
+def _folder_spec(values: dict[str, Any]) -> ModelSpec:
+    """The structure that the `config.json` of a folder tells, stock or native; the weights are not read."""
+    if "model" in values:  # native
+        return ModelSpec.from_json(values["model"])
+    names = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_ctx": "n_positions"}
+    sizes = {ours: values[theirs] for ours, theirs in names.items()}
+    activation = values.get("activation_function", "gelu_new")
+    return ModelSpec.dense(GPT2Config(**sizes, vocab_size=values["vocab_size"], activation=activation))

@@ -1,14 +1,14 @@
-"""Published GPT-2 weights become a stored teacher: from the hub at a pinned commit, or a folder like it.
+"""Published weights become a stored teacher: from the hub at a pinned commit, or from a local folder.
 
-The one file, with `export.py`, that knows transformers; what is stored is our own native folder.
+A local folder is laid out as stock GPT-2 or as a native one of ours; what is stored is always native.
 """
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from model.config import ModelError
-from model.export import save_native
-from model.pretrained import load_stock
+from model.export import FORMAT, load_native, save_native
+from model.pretrained import load_stock, read_json
 from pipeline.config.schema import HubTeacher
 from pipeline.errors import CompressError, PreflightError
 from pipeline.progress import say
@@ -20,11 +20,13 @@ _WANTED = ("config.json", "*.safetensors")
 def import_teacher(config: HubTeacher, identity: Identity, store: Store, *, force: bool = False) -> Artifact:
     """Store the published weights as a teacher.
 
-    Raises PreflightError if they cannot be had, CompressError if they are not a GPT-2.
+    A native folder may be compressed already: the method `dense` trains it further. Raises PreflightError if
+    the weights cannot be had, CompressError if they are not a GPT-2.
     """
     folder = stock_folder(config)
     try:
-        model = load_stock(folder)
+        native = read_json(folder / "config.json").get("format") == FORMAT
+        model = load_native(folder) if native else load_stock(folder)
     except ModelError as err:
         raise CompressError(f"{folder}: {err}") from err
     with store.attempt(identity, force=force) as attempt, TemporaryDirectory(prefix="krony-") as scratch:
@@ -45,7 +47,9 @@ def stock_folder(config: HubTeacher) -> Path:
     if (local / "config.json").is_file():
         return local
     if config.id.startswith(("/", ".", "~")):
-        raise PreflightError(f"teacher.id={config.id!r}: no config.json there; expected a stock GPT-2 folder")
+        raise PreflightError(
+            f"teacher.id={config.id!r}: no config.json there; expected a stock or native folder"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -60,7 +60,7 @@ class ScratchTeacher:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubTeacher:
-    """Published GPT-2 weights: from the hub at a pinned revision, or a local folder in the same layout."""
+    """Published GPT-2 weights: from the hub at a pinned revision, or a local folder, stock or native."""
 
     name: Literal["hub"] = "hub"
 

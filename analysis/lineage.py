@@ -17,6 +17,8 @@ from pipeline.store.records import KINDS, Record
 SEEDED = ("model", "run", "init", "stats")
 """Kinds in which `seed` says which try it is: of training, of compression, of calibration."""
 
+_SHOWN = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
@@ -56,15 +58,17 @@ class Graph:
         records: dict[str, Record] = {}
         problems: list[str] = []
         for kind in KINDS:
+            begun: list[str] = []
             for name in store.root.folders(kind):
                 address = f"{kind}/{name}"
                 try:
                     data = store.root.read_bytes(f"{address}/record.json")
                     records[address] = Record.from_json(data, where=f"{address}/record.json")
                 except FileNotFoundError:
-                    problems.append(f"{address}: started, not finished")
+                    begun.append(address)
                 except StoreError as err:
                     problems.append(str(err))
+            problems += _begun(kind, begun)
         return Graph(records, tuple(problems))
 
     def of_kind(self, kind: str) -> list[Record]:
@@ -120,6 +124,13 @@ class Graph:
                 if found is not None and ref.address not in seen:
                     seen.add(ref.address)
                     queue.append(found)
+
+
+def _begun(kind: str, addresses: list[str]) -> list[str]:
+    """A line for each artifact on its way; one for all where a sweep stopped many."""
+    if len(addresses) <= _SHOWN:
+        return [f"{address}: started, not finished" for address in addresses]
+    return [f"{kind}: {len(addresses)} started, not finished: {', '.join(addresses[:3])}, …"]
 
 
 def _first(path: list[Record], kind: str) -> Record | None:

@@ -244,6 +244,14 @@ def test_unfinished_unscored_and_damaged_work_is_named(broken, tmp_path):
     assert "kron_vl (768×1536)⊗(1×2) r=1" in page  # the rest is there
 
 
+def test_many_unfinished_runs_are_one_line(broken):
+    for number in range(30):
+        (Path(broken.root.uri) / f"run/stopped-{number:02}-00000000" / "1").mkdir(parents=True)
+    lines = [line for line in load_frames(broken).problems if "started, not finished" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("run: 30 started, not finished: run/stopped-00-00000000, ")
+
+
 def test_lost_losses_cost_the_interval_alone(broken, tmp_path):
     record = next(record for record in broken.records("scores") if "kron_prune" in record.name)
     (Path(broken.root.uri) / record.address / record.attempt / "losses.parquet").write_bytes(b"no parquet")

@@ -1,15 +1,30 @@
-"""`krony export`: trained model to a stock GPT-2 folder and a native one, both reopened and compared."""
+"""`krony export`: trained model to folders that others can load, each reopened and compared."""
 
+import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from jobs import cli
 from pipeline.config.arguments import parse
+from pipeline.errors import ConfigError
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, help="copy the folders to OUT/<variant>, model cards with the scores known by now"
+    )
+    parser.add_argument(
+        "--nanogpt", action="store_true", help="with --out: also the dense form as nanoGPT's ckpt.pt"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export every variant of a config; what it needs and is not there is built first."""
-    arguments = parse("export", argv, about=__doc__)
+    arguments = parse("export", argv, about=__doc__, extend=_options)
+    out: Path | None = arguments.options.out
+    if arguments.options.nanogpt and out is None:
+        raise ConfigError("--nanogpt adds a file to what --out writes; name a folder with --out")
     from pipeline import stages
     from pipeline.cluster import session
     from pipeline.plan import describe
@@ -23,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with session():
         for config in arguments.study.configs:
-            record = stages.model(work.variant(config)).record
+            variant = work.variant(config)
+            record = stages.model(variant).record
+            if out is not None:
+                stages.hand_out(variant, out / config.name, nanogpt=arguments.options.nanogpt)
             if arguments.json:
                 print(json.dumps({"address": record.address, **record.metrics}))
     return 0

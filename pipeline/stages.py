@@ -5,6 +5,7 @@ build each kind. A stage that is done loads nothing: no Ray, no torch.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.chain import protocols
 from pipeline.config.schema import HubTeacher
@@ -144,6 +145,14 @@ def model(work: Work) -> Artifact:
         )
 
     return work.once(work.chain.model, build)
+
+
+def hand_out(work: Work, folder: Path, *, nanogpt: bool = False) -> None:
+    """Copy the model's folders to `folder`, with model cards that hold the scores that are known by now."""
+    from pipeline.compress.export import hand_out as copy
+
+    copy(model(work), run(work), tokenizer(work), work.store, folder, nanogpt=nanogpt)
+    work.say("export", f"written · {folder}")
 
 
 def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:

@@ -177,12 +177,13 @@ def _structure(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     def role(site: Site) -> str:
         return site.name.split(".", 2)[2]
 
+    count = len(spec.blocks)
     for name, group in groupby(sorted(spec.sites(), key=role), key=role):
         kinds: dict[str, int] = {}
         for site in group:
             text = f"{site.matrix.describe()} of {site.n_in}x{site.n_out}".replace("x", "×")
             kinds[text] = kinds.get(text, 0) + 1
-        yield name, "; ".join(f"{text}, in {count} blocks" for text, count in kinds.items())
+        yield name, "; ".join(f"{text}, in {number} of {count} blocks" for text, number in kinds.items())
     head = "also the output head" if spec.tied else "the output head is a dense matrix of its own"
     yield "wte", f"{spec.embedding.describe().replace('x', '×')}; {head}"
 

@@ -119,8 +119,12 @@ class SweepPlan:
 
 
 def plan(study: SweepStudy, space: Space, *, probe: bool, quiet: bool = True) -> SweepPlan:
-    """Plan `space`; `probe` measures times. Makes inits where the teacher is there, builds nothing else."""
+    """Plan `space`; `probe` measures times. Makes inits where the teacher is there, builds nothing else.
+
+    Nothing is measured for trials that ask for GPUs on a machine that has none.
+    """
     chains = Chains()
+    probe = probe and (_gpus() > 0 or not study.first.ray.gpus_per_worker)
     chained = {trial.key: chains.of(trial.config) for trial in space.trials}
     sizes = _sizes(space.trials, chained)
     found = starts(space.trials, chains, within_s=PREDICT_S, quiet=quiet)

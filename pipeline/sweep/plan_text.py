@@ -21,7 +21,7 @@ def text(plan: SweepPlan) -> str:
         f"{plan.study.source}: {how} over {', '.join(plan.space.axes) or 'nothing'} · "
         f"{arms} arms × {seeds} seed{'s' if seeds > 1 else ''} = {len(plan.trials)} trials"
     )
-    return "\n".join([head, "", *_table(plan.trials), "", *_removed(plan), *_totals(plan)])
+    return "\n".join([head, "", *_table(plan.trials), "", *_failing(plan), *_removed(plan), *_totals(plan)])
 
 
 def as_json(plan: SweepPlan) -> dict[str, Any]:
@@ -89,22 +89,24 @@ def _table(rows: Sequence[TrialPlan]) -> list[str]:
     width = max(len("trial"), *(len(row.trial.name) for row in rows)) + 2
     starts = [_start(row) for row in rows]
     wide = max(len("initial error"), *map(len, starts)) + 2
-    head = f"{'trial':<{width}}{'parameters':>13}{'share':>8}{'MACs/token':>14}{'tokens':>14}"
-    lines = [f"{head}{'initial error':>{wide}}{'time':>9}"]
-    for row, start in zip(rows, starts, strict=True):
+    times = [_time(row) for row in rows]
+    long = max(len("time"), *map(len, times)) + 3
+    head = f"{'trial':<{width}}{'parameters':>13}{'share':>8}{'MACs/token':>14}{'tokens':>16}"
+    lines = [f"{head}{'initial error':>{wide}}{'time':>{long}}"]
+    for row, start, time in zip(rows, starts, times, strict=True):
         size = f"{'' if row.size.plan else '≤ '}{row.size.parameters:,}"
         macs = f"{row.size.macs_per_token:,}" if row.size.macs_per_token else "–"
         state = {"trained": "  trained", "begun": "  begun", "missing": ""}[row.state]
         lines.append(
-            f"{row.trial.name:<{width}}{size:>13}{row.size.share:>8.1%}{macs:>14}{row.tokens:>14,}"
-            f"{start:>{wide}}{_time(row):>9}{state}"
+            f"{row.trial.name:<{width}}{size:>13}{row.size.share:>8.1%}{macs:>14}{row.tokens:>16,}"
+            f"{start:>{wide}}{time:>{long}}{state}"
         )
     return lines
 
 
 def _start(row: TrialPlan) -> str:
     if row.start.error is None:
-        return row.start.note
+        return row.start.note.partition(":")[0]
     # another metric than the weights' own norm cannot be compared with it: it is marked
     return f"{row.start.error:.4f}{'' if row.start.metric in ('frobenius', '') else ' *'}"
 
@@ -113,6 +115,12 @@ def _time(row: TrialPlan) -> str:
     if row.train_s is None:
         return "–"
     return ("" if row.is_measured else "~") + duration(row.train_s)
+
+
+def _failing(plan: SweepPlan) -> list[str]:
+    """Inits that were tried and cannot be made: those trials will fail."""
+    notes = {row.trial.arm: row.start.note for row in plan.trials if row.start.note.startswith("fails")}
+    return [f"fails     {arm}{note.removeprefix('fails')}" for arm, note in notes.items()]
 
 
 def _removed(plan: SweepPlan) -> list[str]:
@@ -144,8 +152,8 @@ def _totals(plan: SweepPlan) -> list[str]:
         peak += f", about {resources.memory_bytes / 1e9:.1f} GB"
     lines.append(f"peak      {peak}")
     if not resources.fits:
-        lines.append("warning   not even one trial fits this machine; join a larger cluster by ray.address")
-    if resources.machine_bytes and resources.memory_bytes > resources.machine_bytes:
+        lines.append("warning   not even one trial fits this machine: what is said here is for one at a time")
+    elif resources.machine_bytes and resources.memory_bytes > resources.machine_bytes:
         lines.append(
             f"warning   this machine has {resources.machine_bytes / 1e9:.1f} GB; set sweep.concurrent lower"
         )
@@ -153,7 +161,7 @@ def _totals(plan: SweepPlan) -> list[str]:
 
 
 def _legend(plan: SweepPlan) -> list[str]:
-    lines = []
+    lines, resources = [], plan.resources
     if any(row.start.metric not in ("frobenius", "") for row in plan.trials):
         lines.append("* in the metric of the method, not in the norm of the weights: compare within a method")
     if plan.train_s is not None:
@@ -162,6 +170,8 @@ def _legend(plan: SweepPlan) -> list[str]:
             "          for each structure; ~ is scaled by MACs from the nearest. Training and validation",
             "          only: no start-up, no exports, no scores, nothing compiled",
         ]
+    elif resources.gpus and not resources.fits:
+        lines.append("times     are not measured here: trials ask for GPUs, and this machine has too few")
     if plan.busy > BUSY:
         lines.append(
             f"          the machine is busy: this took {plan.busy:.1f} times its processor time, which counts"

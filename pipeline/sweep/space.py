@@ -259,9 +259,10 @@ def _collect(sampler: Sampler, picks: Iterable[Mapping[str, Any]], *, count: int
             removed.add(sampler.why_twins(each), example=f"{arm[0].arm} is {twin[0].arm}")
         if len(arms) == count:
             break
-    for (path, label), why in mistakes.items():
-        if (path, label) not in good and not count:
-            raise ConfigError(f"{source}: sweep.axes.{path}: {why}")
+    useless = [(path, why) for (path, label), why in mistakes.items() if (path, label) not in good]
+    if useless and not count:
+        path, why = max(useless, key=lambda case: (case[0] in case[1], len(case[0])))  # what the line names
+        raise ConfigError(f"{source}: sweep.axes.{path}: {why}")
     if not arms:
         reasons = "; ".join(f"{number:,} × {reason}" for reason, number in removed.counts.items())
         raise ConfigError(f"{source}: no trial is left: {reasons}")

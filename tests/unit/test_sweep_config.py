@@ -41,6 +41,10 @@ def sweep(folder: Path, text: str, *flags: str) -> SweepStudy:
         ('[sweep.axes]\n"train.lr" = []', "expected a list of values"),
         ('[sweep.axes]\n"train.lr" = [1.0, 1.0]', "the value 'lr=1' is there 2 times"),
         ('[sweep.axes]\n"train.lr" = ["fast"]', "sweep.axes.train.lr: train.lr='fast' is wrong"),
+        (
+            '[sweep.axes]\nmethod = ["kron_vl"]\n"method.shape" = [3]',
+            "sweep.axes.method.shape: method.shape=3",
+        ),
         ('[sweep.axes]\n"train.lr" = { low = 1e-4, high = 1e-3 }', "a range has no grid"),
         ('[sweep.axes]\n"method" = ["kron_v"]', "did you mean 'kron_vl'?"),
         ('[sweep.axes]\n"method" = [{ name = "svd", rang = 4 }]', "did you mean 'rank'?"),

@@ -47,10 +47,12 @@ def sweep(folder: Path, more: str = AXES) -> SweepStudy:
     return load_sweep(folder / "sweep.toml")
 
 
-def put_teacher(study: SweepStudy, scratch: Path) -> GPT2:
+def put_teacher(study: SweepStudy, scratch: Path, *, broken: bool = False) -> GPT2:
     """A teacher in the store, as if it had been trained."""
     config = study.first
     model = GPT2(dense_spec(config)).init_weights(seed=3)
+    if broken:
+        model.get_parameter("h.0.mlp.c_fc.weight").data.fill_(float("nan"))
     save_native(model, scratch)
     with Store(config.store).attempt(chain(config).teacher) as attempt:
         attempt.location.put_folder(scratch)
@@ -145,6 +147,26 @@ def test_times_follow_from_what_was_measured(tmp_path: Path):
     assert planned.teacher_s
     assert planned.resources.slots >= 1
     assert "random tokens" in text(planned)
+
+
+def test_nothing_is_measured_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "_gpus", lambda: 0)
+    study = sweep(tmp_path, f"ray = {{ workers = 2, gpus_per_worker = 1.0 }}\n{AXES}")
+    planned = plan(study, grid(study), probe=True)
+    assert planned.train_s is None
+    assert not planned.resources.fits
+    shown = text(planned)
+    assert "trials ask for GPUs" in shown
+    assert "not even one trial fits" in shown
+
+
+def test_a_start_that_cannot_be_made_is_told_beforehand(tmp_path: Path):
+    study = sweep(tmp_path, "[sweep]")
+    put_teacher(study, tmp_path / "scratch", broken=True)
+    planned = plan(study, grid(study), probe=False)
+    (note,) = (row.start.note for row in planned.trials)
+    assert note.startswith("fails: ")
+    assert "\nfails     tiny: " in text(planned)
 
 
 def question(study: SweepStudy, method: object, **changes: object) -> Question:

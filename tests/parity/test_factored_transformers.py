@@ -130,6 +130,22 @@ def test_padding_on_the_left_takes_no_place(krony):
     assert beams.shape == (1, 21)
 
 
+@torch.no_grad()
+def test_a_cache_of_fixed_size_changes_nothing(krony):
+    from transformers import StaticCache
+
+    model, theirs = krony
+    prompt, settings = (
+        IDX[:, :6],
+        {"attention_mask": torch.ones(2, 6), "max_new_tokens": 12, "do_sample": False},
+    )
+    fixed = theirs.generate(prompt, cache_implementation="static", disable_compile=True, **settings)
+    assert torch.equal(fixed, theirs.generate(prompt, **settings))
+    cache = StaticCache(config=theirs.config, max_cache_len=40)
+    parts = [theirs(part, past_key_values=cache).logits for part in IDX.split([7, 1, 1, 10, 5], dim=1)]
+    assert (torch.cat(parts, dim=1) - model(IDX)).abs().max() <= 1e-5
+
+
 def test_it_trains_as_ours_does(krony):
     model, theirs = krony
     targets = IDX.roll(-1, dims=1)

@@ -196,14 +196,14 @@ class KronyAttention(nn.Module):
             self.c_attn = make_weight(matrix, width, 2 * qk + vo, 2 * qk + vo if has_all else qk)
         self.c_proj = make_weight(block["attn_c_proj"], vo, width, width)
 
-    def forward(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C); keys and values go to the cache."""
+    def forward(self, x: Tensor, cache: Cache | None, mask: Tensor | None, seen: int) -> Tensor:
+        """(B, T, C) -> (B, T, C); keys and values go to the cache, of which `seen` tokens are filled."""
         parts = (
             (self.q(x), self.k(x), self.v(x)) if self.is_split else self.c_attn(x).split(self.widths, dim=-1)
         )
         q, k, v = (part.reshape(*x.shape[:2], self.n_head, -1).transpose(1, 2) for part in parts)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)  # (B, H, S, Q), (B, H, S, O)
+            k, v = (part[:, :, :seen] for part in cache.update(k, v, self.layer))  # (B, H, S, Q or O)
         is_causal = mask is None and q.shape[2] > 1  # one new token sees everything
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
         out: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
@@ -236,9 +236,9 @@ class KronyBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(arch["n_embd"], eps=arch["layer_norm_epsilon"])
         self.mlp = KronyMLP(block, arch)
 
-    def forward(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, mask: Tensor | None, seen: int) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache, mask)
+        x = x + self.attn(self.ln_1(x), cache, mask, seen)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -287,7 +287,7 @@ class KronyForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        past, new = 0 if past_key_values is None else past_key_values.get_seq_length(), x.shape[1]
+        past, new = 0 if past_key_values is None else int(past_key_values.get_seq_length()), x.shape[1]
         if past + new > self.config.max_position_embeddings:
             raise ValueError(
                 f"{past + new:,} tokens do not fit the context of {self.config.max_position_embeddings:,}"
@@ -295,10 +295,11 @@ class KronyForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         if position_ids is None:
             position_ids = _positions(attention_mask, past, new, x.device)
         mask = _mask(attention_mask, past, new, x.device)
+        seen = past + new if mask is None else mask.shape[-1]  # a cache of fixed size has room behind
         x = x + self.wpe(position_ids)
         states = [x]
         for block in self.h:
-            x = block(x, past_key_values, mask)
+            x = block(x, past_key_values, mask, seen)
             states.append(x)
         states[-1] = x = self.ln_f(x)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -19,13 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse("run", argv, about=__doc__, extend=_options)
     from pipeline import stages
     from pipeline.cluster import session
+    from pipeline.config.sweep import load_sweep
     from pipeline.plan import describe
     from pipeline.store.records import KINDS
+    from pipeline.sweep.run import run_sweep, scores_of
     from pipeline.tracking.tracker import resolve_uri, ui_command
     from pipeline.work import Work
 
+    sweeps = [load_sweep(path, overrides=arguments.overrides) for path in arguments.study.sweeps]
     if arguments.plan:
         print(describe(arguments.study, as_json=arguments.json))
+        for sweep in () if arguments.json else sweeps:
+            print(f"{'sweep':<11}{sweep.name}: `krony sweep {sweep.source} --plan` shows its trials")
         return 0
     work = Work.on(
         arguments.study.first, force=frozenset(KINDS if arguments.force else ()), quiet=arguments.quiet
@@ -35,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         addresses = [s.record.address for s in stages.scores(work, of_teacher=True).values()]
         for config in arguments.study.configs:
             addresses += [s.record.address for s in stages.scores(work.variant(config)).values()]
+        swept = [run_sweep(sweep, quiet=arguments.quiet) for sweep in sweeps]
+    addresses += [address for artifact in swept for address in scores_of(artifact)]
     from analysis.report import write_report
 
     report = write_report(work.store, arguments.options.out, scores=addresses)
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nreport    {report.html}\n          {report.markdown}", flush=True)
     if uri := resolve_uri(config.tracking.uri, store=config.store):
         print(f"mlflow    {ui_command(uri)}")
-    return 0
+    return int(any(artifact.record.metrics["failed"] for artifact in swept))
 
 
 if __name__ == "__main__":

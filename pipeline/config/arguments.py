@@ -25,6 +25,8 @@ class Arguments:
     study: Study
     options: argparse.Namespace
     """The verb's own options beside `plan`, `force`, `quiet` and `json`."""
+    overrides: tuple[str, ...] = ()
+    """The words that set config fields; they are in the study already."""
 
     @property
     def plan(self) -> bool:
@@ -61,7 +63,7 @@ Extend = Callable[[argparse.ArgumentParser], None]
 def parse(verb: str, argv: Sequence[str] | None, *, about: str, extend: Extend | None = None) -> Arguments:
     """Parse `argv`; raises ConfigError (exit code 2) for anything that is not understood."""
     options, overrides = parse_words(verb, argv, about=about, extend=extend)
-    return Arguments(load_study(options.config, overrides=overrides), options)
+    return Arguments(load_study(options.config, overrides=overrides), options, tuple(overrides))
 
 
 def parse_words(

@@ -25,6 +25,7 @@ UNIONS = ("corpus", "tokenizer", "teacher", "method")
 """Sections whose `name` chooses the class."""
 _PATH_FIELDS = (
     ("", "store"),
+    ("", "sweeps"),
     ("corpus", "paths"),
     ("corpus", "validation_paths"),
     ("tokenizer", "path"),
@@ -40,6 +41,8 @@ class Study:
 
     configs: tuple[RunConfig, ...]
     source: str
+    sweeps: tuple[Path, ...] = ()
+    """Files of sweeps that `krony run` adds to the table: `sweeps = ["sweeps/main.toml"]`."""
 
     @property
     def first(self) -> RunConfig:
@@ -58,6 +61,9 @@ def load_study(path: Path | None, *, overrides: Sequence[str] = ()) -> Study:
     variants = raw.pop("variants", None)
     if variants is not None and (not isinstance(variants, list) or not variants):
         raise ConfigError(f"{source}: variants must be an array of tables: [[variants]]")
+    sweeps = raw.pop("sweeps", [])
+    if not isinstance(sweeps, list) or not all(isinstance(each, str) for each in sweeps):
+        raise ConfigError(f"{source}: sweeps={sweeps!r} must be an array of names of sweep files")
     configs = []
     for table in variants or [{}]:
         merged = merge(merge(raw, table), flags)
@@ -68,7 +74,7 @@ def load_study(path: Path | None, *, overrides: Sequence[str] = ()) -> Study:
             raise ConfigError(
                 f"{source}: {names.count(name)} variants are named {name!r}; give each its own name"
             )
-    return Study(tuple(configs), source)
+    return Study(tuple(configs), source, tuple(map(Path, sweeps)))
 
 
 def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -174,13 +174,14 @@ class SweepStudy:
 def load_sweep(path: Path, *, overrides: Sequence[str] = ()) -> SweepStudy:
     """Read a sweep; flags of run fields change the base, `--sweep.seeds [0,1]` the sweep.
 
-    Raises ConfigError with file, key, what was wrong and what was expected. `[[variants]]` of a file that is
-    extended have no meaning here and are left out.
+    Raises ConfigError with file, key, what was wrong and what was expected. `[[variants]]` and `sweeps` of a
+    file that is extended have no meaning here and are left out.
     """
     source = str(path)
     raw, flags = read_toml(path), flag_table(overrides, base=Path.cwd())
     below, above = raw.pop("sweep", None), flags.pop("sweep", {})
-    raw.pop("variants", None)
+    for key in ("variants", "sweeps"):
+        raw.pop(key, None)
     if not isinstance(below, Mapping):
         raise ConfigError(f"{source}: has no [sweep] section; docs/sweeps.md shows one")
     if not isinstance(above, Mapping):

@@ -190,3 +190,9 @@ def _publish(study: SweepStudy, attempt: Attempt, campaign: Campaign) -> Artifac
         },
         settings={"name": study.name, "source": study.source},
     )
+
+
+def scores_of(artifact: Artifact) -> list[str]:
+    """Addresses of the scores of all trials of a published sweep that ran to their end."""
+    trials = json.loads(artifact.location.read_bytes(TRIALS))
+    return [address for trial in trials for address in trial["scores"].values()]

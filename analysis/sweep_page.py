@@ -154,15 +154,12 @@ def sweep_summary(sweep: Sweep, ranking: Ranking, effects: Sequence[Effect]) -> 
     sentences += [_effect(effect) for effect in effects if effect.levels]
     spent = sweep.record.metrics
     if names.is_number(spent.get("wall_s")) and names.is_number(spent.get("train_s")):
-        sentences.append(
-            f"{_duration(spent['train_s'])} of training took {_duration(spent['wall_s'])} with "
-            f"{spent.get('slots', '?')} trials at once"
-            + (
-                f": {names.share(spent['efficiency'])} of the time was training."
-                if names.is_number(spent.get("efficiency"))
-                else "."
-            )
-        )
+        slots = int(spent.get("slots", 1))
+        cost = f"{_duration(spent['train_s'])} of training took {_duration(spent['wall_s'])}"
+        cost += f" with {slots} trials at once" if slots > 1 else " with one trial at a time"
+        if names.is_number(spent.get("efficiency")):
+            cost += f": {names.share(spent['efficiency'])} of the time was training"
+        sentences.append(f"{cost}.")
     return tuple(sentences)
 
 

@@ -91,10 +91,10 @@ def _recipe(sweep: Sweep, ranking: Ranking) -> tuple[str, list[str]]:
         return "", []
     arm = ranking.best
     assert arm is not None
-    seeds = ", ".join(str(each.seed) for each in arm.trials if each.state == "finished")
+    seeds = [f"seed {each.seed}" for each in arm.trials if each.state == "finished"]
     about = (
         f"The best recipe of sweep {sweep.name} ({sweep.record.address}): {arm.name},\n"
-        f"loss {arm.loss:.4f} over seeds {seeds} ({ranking.measure}).\n\n    krony train {BEST}"
+        f"loss {arm.loss:.4f} over {', '.join(seeds)} ({ranking.measure}).\n\n    krony train {BEST}"
     )
     try:
         return recipe(sweep.configs[trial.key], about=about), []

@@ -57,6 +57,11 @@ class Board:
 class Trial(tune.Trainable):  # type: ignore[misc]
     """A job at a time; config: `job` and `board`."""
 
+    @staticmethod
+    def do(job: Job, channel: Channel) -> Outcome:
+        """What the thread does with a job."""
+        return do_job(job, channel)
+
     def setup(self, config: Mapping[str, Any]) -> None:
         """Start the first job."""
         self._pool = ThreadPool(1)
@@ -102,7 +107,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, job: Job, board: Any) -> None:
         sys.argv = list(job.argv) or sys.argv
         self._job, self._board, self._channel = job, board, Channel()
-        self._run: AsyncResult[Outcome] = self._pool.apply_async(_run, (job, self._channel))
+        self._run: AsyncResult[Outcome] = self._pool.apply_async(self.do, (job, self._channel))
 
     def _close(self) -> None:
         self._channel.ask_stop("shutdown")
@@ -116,7 +121,8 @@ def _last_validation(rows: tuple[Mapping[str, float], ...]) -> dict[str, float]:
     return {}
 
 
-def _run(job: Job, channel: Channel) -> Outcome:
+def do_job(job: Job, channel: Channel) -> Outcome:
+    """Train here on the cores that this actor holds, or on workers; then export and score."""
     import torch
 
     config = job.config.ray

@@ -309,6 +309,7 @@ def run_jobs(
     slots: int,
     should_stop: Callable[[], bool],
     silence_s: float,
+    trainable: type[Trial] = Trial,
 ) -> None:
     """Run all jobs that the campaign has, `slots` at a time; raises what the driver could not do."""
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
@@ -320,7 +321,7 @@ def run_jobs(
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123
             tune.run(  # not a Tuner: that one pickles all hooks, for a restart of its own that nobody wants
-                tune.with_resources(Trial, trial_resources(campaign.ray)),
+                tune.with_resources(trainable, trial_resources(campaign.ray)),
                 name="sweep",
                 storage_path=scratch,
                 search_alg=JobQueue(campaign, board, slots=slots),

@@ -1,10 +1,12 @@
 """A sweep in MLflow: one parent, a child per trial named by what sets it apart, one process that writes.
 
 A child has the id of its training run, so a trial that `krony train` began, or `krony report --sync` fills
-up, is the same row. What the trackers were told before a restart they know.
+up, is the same row. What the trackers were told before a restart they know. They are told in a thread of
+their own, in order: a database that is slow does not hold up a trial that waits for a verdict.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from pipeline.chain import Chains
@@ -29,67 +31,84 @@ class Window:
         self._chains = Chains()
         self._tracking, self._store, self._run_id = tracking, store, run_id
         self._children: dict[str, Tracker] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trackers")
+        self._failed: list[BaseException] = []
         self._parent = self._open(run_id, name, parent=None)
         self._parent.params(flatten(asks))
         self._parent.tags({"krony.address": run_id.rpartition("/")[0], "krony.kind": "sweep"})
 
     def begin(self, entry: Entry, config: RunConfig) -> None:
         """A trial starts, or goes on."""
-        run = self._chains.of(config).run
-        with self._store.attempt(run, resume=True) as attempt:
-            child = self._open(f"{run.address}/{attempt.name}", entry.name, parent=self._run_id)
-        self._children[entry.key] = child
-        child.params(asked(config, "train") | {"seed": config.seed} | flatten(dict(entry.choices)))
-        child.tags(
-            {
-                "krony.address": run.address,
-                "krony.method": config.method.name,
-                "krony.trial": entry.key,
-                "krony.arm": entry.arm,
-                "krony.sweep": self._run_id.rpartition("/")[0],
-            }
-        )
+        key, name, arm, choices = entry.key, entry.name, entry.arm, dict(entry.choices)
 
-    def rows(self, key: str, rows: Iterable[Row]) -> None:
+        def tell() -> None:
+            run = self._chains.of(config).run
+            with self._store.attempt(run, resume=True) as attempt:
+                child = self._open(f"{run.address}/{attempt.name}", name, parent=self._run_id)
+            self._children[key] = child
+            child.params(asked(config, "train") | {"seed": config.seed} | flatten(choices))
+            tags = {"krony.address": run.address, "krony.method": config.method.name, "krony.trial": key}
+            child.tags(tags | {"krony.arm": arm, "krony.sweep": self._run_id.rpartition("/")[0]})
+
+        self._later(tell)
+
+    def rows(self, key: str, rows: Sequence[Row]) -> None:
         """New rows of a trial."""
-        if key in self._children:
-            replay(self._children[key], rows)
+
+        def tell() -> None:
+            if key in self._children:
+                replay(self._children[key], rows)
+
+        self._later(tell)
 
     def end(self, entry: Entry, outcome: Outcome | None, *, step: int) -> None:
         """A trial ended, or lost its process (no outcome)."""
-        child = self._children.pop(entry.key, None)
-        if child is None:
-            return
-        if outcome is not None:
-            child.metrics(
-                {"parameters": outcome.parameters, "macs_per_token": outcome.macs_per_token}, step=step
-            )
-        child.tags({"krony.state": entry.state, "krony.reason": entry.reason})
-        child.close(_STATUS.get(entry.state, "KILLED"))
+        key, state, reason = entry.key, entry.state, entry.reason
+
+        def tell() -> None:
+            if (child := self._children.pop(key, None)) is None:
+                return
+            if outcome is not None:
+                sizes = {"parameters": outcome.parameters, "macs_per_token": outcome.macs_per_token}
+                child.metrics(sizes, step=step)
+            child.tags({"krony.state": state, "krony.reason": reason})
+            child.close(_STATUS.get(state, "KILLED"))
+
+        self._later(tell)
 
     def counts(self, book: Book) -> None:
         """How far the sweep is."""
         over = book.count("finished", "stopped", "failed")
-        losses = [
-            e.val_loss for e in book.entries.values() if e.state == "finished" and e.val_loss is not None
-        ]
+        done = [entry for entry in book.entries.values() if entry.state == "finished"]
+        losses = [entry.val_loss for entry in done if entry.val_loss is not None]
         values: dict[str, float] = {
             "trials_over": over,
             "trials_stopped": book.count("stopped"),
             "trials_failed": book.count("failed"),
         }
-        self._parent.metrics(values | ({"best_val_loss": min(losses)} if losses else {}), step=over)
+        best = {"best_val_loss": min(losses)} if losses else {}
+        self._later(lambda: self._parent.metrics(values | best, step=over))
 
     def close(self, status: Status) -> None:
-        """The sweep ends; trials that are under way stay unfinished."""
-        for child in self._children.values():
-            child.close("KILLED")
-        self._children = {}
-        self._parent.close(status)
+        """The sweep ends; trials that are under way stay unfinished. Waits until all is told."""
 
-    def link(self, uri: str, *, digest: str) -> None:
-        """The published artifact of the sweep."""
-        self._parent.link("sweep", uri, digest=digest)
+        def tell() -> None:
+            for child in self._children.values():
+                child.close("KILLED")
+            self._children = {}
+            self._parent.close(status)
+
+        self._later(tell)
+        self._thread.shutdown()
+        for err in self._failed:
+            raise err
+
+    def _later(self, tell: Callable[[], None]) -> None:
+        def note(done: Future[None]) -> None:
+            if (err := done.exception()) is not None:
+                self._failed.append(err)
+
+        self._thread.submit(tell).add_done_callback(note)
 
     def _open(self, run_id: str, name: str, *, parent: str | None) -> Tracker:
         return open_tracker(

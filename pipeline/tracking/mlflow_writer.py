@@ -106,10 +106,15 @@ def open_mlflow(
 
 
 def find_or_create(opened: Connection, run_id: str, *, name: str, parent: str | None) -> str:
-    """MLflow's id of our run; the same one however often we restart. `parent` is MLflow's id."""
+    """MLflow's id of our run; the same one however often we restart. `parent` is MLflow's id.
+
+    A run that stands alone gets the parent; one that has a parent keeps it.
+    """
     quoted = run_id.replace("'", "")
     found = opened.client.search_runs([opened.experiment_id], f"tags.`{RUN_ID}` = '{quoted}'", max_results=1)
     if found:
+        if parent and "mlflow.parentRunId" not in found[0].data.tags:
+            opened.client.set_tag(found[0].info.run_id, "mlflow.parentRunId", parent)
         return str(found[0].info.run_id)
     origin = provenance()
     tags = {

@@ -207,5 +207,7 @@ def _init(config: RunConfig, teacher: Identity, stats: Identity | None) -> Ident
     fields = {"method": identity_fields(config.method), "budget": identity_fields(config.budget)}
     if config.method.name in SEEDED_METHODS:
         fields["seed"] = config.seed
+    if config.method.version > 1:
+        fields["version"] = config.method.version
     inputs = {"teacher": teacher} | ({"stats": stats} if stats else {})
     return Identity("init", config.method.name, fields, inputs, VERSIONS["init"])

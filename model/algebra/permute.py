@@ -4,15 +4,18 @@ The order of the hidden units of an MLP is free, if it is one and the same for b
 the weights. Orders on the residual side cost a gather. Fit and orders are improved in turn, each step the
 exact minimum of its block (Van Loan, linear assignment), so the error never rises. From the stored order this
 often stops at once; the start decides, and splitting units by norm is the best one known (as TQCompressor's
-idea, arXiv 2401.16367).
+idea, arXiv 2401.16367). So several starts race, and one that falls hopelessly behind is given up.
+
+What a sum of products costs against every unit is computed through its factors, and the assignment of all
+units at once, the dearest step, is kept for when the cheaper ones have stalled.
 """
 
 # up (m, n) ~ K_u at [inputs][:, hidden], down (n, m) ~ K_d at [hidden_down][:, outputs]; K_d has the
-# transposed shape
+# transposed shape · inside, both are held with a row per hidden unit, (n, m)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +23,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from model.algebra.alternate import Convergence, Stopped
-from model.algebra.kron import KronFit, check_weight, nearest_kron
+from model.algebra.kron import KronFit, check_weight, kron_apply, kron_sum, nearest_kron, shape_of
 from model.algebra.shapes import Gauge, KronShape, check_terms
 from model.config import ModelError
+
+STALLED = 10.0
+"""A cheap sweep that gains less than this many times `rtol` calls for the assignment of all units."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,6 @@ class PermutedPair:
         return self.orders.put_back(self.up.dense(), self.down.dense())
 
 
-def best_order(fitted: Tensor, rows: Tensor) -> Tensor:
-    """The order p (k,) of least sum_i ||fitted_i - rows_p[i]||^2, both (k, c): a linear assignment, exact."""
-    return minimal_order(-(fitted.double() @ rows.double().T))
-
-
 def minimal_order(cost: Tensor) -> Tensor:
     """The order p (k,) with the least sum_i cost[i, p[i]], for a cost (k, k)."""
     columns = linear_sum_assignment(cost.detach().cpu().numpy())[1]
@@ -105,15 +106,21 @@ def align_levels(hidden: Tensor, sides: Sequence[tuple[Tensor, Tensor]], *, grou
     instead ties every unit to the group that it helped to shape.
     """
     places = hidden.reshape(groups, -1).clone()  # (groups, n2)
-    images = []  # z_c of the unit at (g, c), (n2, groups, r*m1) per side
-    for units, right in sides:
-        rows = units[places].reshape(*places.shape, -1, right.shape[1])  # (groups, n2, m1, m2)
-        images.append(torch.einsum("kac,gcia->cgki", right, rows).flatten(2))
+    levels = places.shape[1]
+    laid = [units[places].reshape(groups, levels, -1, right.shape[1]) for units, right in sides]
+    images = [  # z_c of the unit at (g, c), (n2, groups, m1, r) per side
+        torch.einsum("kac,gcia->cgik", right, rows) for rows, (_, right) in zip(laid, sides, strict=True)
+    ]
     sums = [image.sum(dim=0) for image in images]
-    for level in range(places.shape[1]):
+    for level in range(levels if levels > 2 else 1):  # of two levels, one is enough: only pairs matter
         rests = [total - image[level] for total, image in zip(sums, images, strict=True)]
-        likeness = [rest @ image[level].T for rest, image in zip(rests, images, strict=True)]
-        order = minimal_order(-torch.stack(likeness).sum(dim=0))
+        likeness = torch.zeros(groups, groups, dtype=torch.float64, device=hidden.device)
+        for rest, image, rows, (_, right) in zip(rests, images, laid, sides, strict=True):
+            if len(right) <= right.shape[1]:
+                likeness += rest.flatten(1) @ image[level].flatten(1).T
+            else:  # fewer entries in a unit than in its image
+                likeness += (rest @ right[:, :, level]).flatten(1) @ rows[:, level].flatten(1).T
+        order = minimal_order(-likeness)
         places[:, level] = places[order, level]
         sums = [rest + image[level][order] for rest, image in zip(rests, images, strict=True)]
     return places.reshape(-1)
@@ -135,28 +142,35 @@ def permuted_kron_pair(
 ) -> PermutedPair:
     """Kronecker sums of `up` (m, n) and `down` (n, m) in the best orders found, shapes for `up`.
 
-    Starts: norm split, the stored order (so never worse than `nearest_kron` on both), and random ones. An
-    order that cannot matter, because a factor has a single row or column there, stays as stored and needs no
-    gather. Deterministic in the seed. `separate` lets the hidden orders of the two differ, which costs one
-    more gather.
+    Starts: norm split, the stored order (so never worse than `nearest_kron` on both), and random ones. They
+    take their sweeps in turn; a start is given up when one more sweep as good as its last would leave it
+    behind the best. An order that cannot matter, because a factor has a single row or column there, stays as
+    stored and needs no gather. Deterministic in the seed. `separate` lets the hidden orders of the two
+    differ, which costs one more gather.
     """
     check_weight(up, shape)
     check_weight(down, shape.transposed())
     check_terms(shape, terms)
     if min(random_starts, max_sweeps) < 0:
         raise ModelError(f"random_starts={random_starts} and max_sweeps={max_sweeps} must not be negative")
-    pair = _Pair(up.detach().double(), down.detach().double(), shape, terms, gauge, hidden == "shared", outer)
-    best: PermutedPair | None = None
-    by_start: list[tuple[str, float]] = []
-    for name, orders in pair.starts(random_starts, seed).items():
-        found = pair.improve(name, orders, max_sweeps=max_sweeps, rtol=rtol)
-        by_start.append((name, found.loss))
-        if best is None or found.loss < best.loss:
-            best = found
-    assert best is not None
-    how = best.convergence
-    how = Convergence(how.start, how.history, how.stopped, tuple(by_start))
-    return PermutedPair(best.up, best.down, best.orders, best.loss, how)
+    by_unit = up.detach().double().T.contiguous()  # a row per hidden unit, where it is read from most
+    pair = _Pair(by_unit.T, down.detach().double(), shape, terms, gauge, hidden == "shared", outer)
+    searches = [_Search(pair, name, orders) for name, orders in pair.starts(random_starts, seed).items()]
+    running = searches
+    for _ in range(max_sweeps):
+        for search in running:
+            search.sweep(rtol=rtol)
+        best = min(searches, key=lambda search: search.loss)
+        running = [search for search in running if not search.stopped and search.may_catch(best)]
+    best = min(searches, key=lambda search: search.loss)
+    how = Convergence(
+        best.name,
+        tuple(best.history),
+        best.stopped or "max_iter",
+        tuple((search.name, search.loss) for search in searches),
+    )
+    turned = replace(best.fits.up, left=best.fits.up.left.mT, right=best.fits.up.right.mT)
+    return PermutedPair(turned, best.fits.down, best.orders, best.loss, how)
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,9 @@ class _Pair:
     """The problem: two matrices, one shape, and which orders matter."""
 
     up: Tensor
+    """(m, n)"""
     down: Tensor
+    """(n, m)"""
     shape: KronShape
     terms: int
     gauge: Gauge
@@ -215,68 +231,116 @@ class _Pair:
             named[f"random_{k}"] = Orders(outer(m), inner(n), inner(n if self.is_shared else n2), outer(m2))
         return named
 
-    def fit(self, orders: Orders) -> tuple[KronFit, KronFit]:
+    def fit(self, orders: Orders) -> "_Fits":
         """Van Loan on both matrices in these orders."""
-        up, down = orders.pick(self.up, self.down)
-        return (
-            nearest_kron(up, self.shape, terms=self.terms, gauge=self.gauge),
-            nearest_kron(down, self.shape.transposed(), terms=self.terms, gauge=self.gauge),
+        up, down = self.up.T[orders.hidden], self.down[orders.hidden_down]
+        if self.outer_matters:
+            up, down = up[:, orders.inputs], down[:, orders.outputs]
+        fits = (
+            nearest_kron(rows, self.shape.transposed(), terms=self.terms, gauge=self.gauge)
+            for rows in (up, down)
         )
+        return _Fits(*fits)
 
-    def reorder(self, orders: Orders, up: Tensor, down: Tensor) -> Orders:
-        """Best orders for fixed replacements up (m, n) and down (n, m), block by block."""
-        inputs, hidden, hidden_down = orders.inputs, orders.hidden, orders.hidden_down
-        outputs = orders.outputs
-        if self.outer_matters:
-            inputs = best_order(up, self.up[:, hidden])
-        if self.hidden_matters:
-            cost_up, cost_down = -(up.T @ self.up[inputs]), -(down @ self.down[:, outputs].T)
-            if self.is_shared:
-                hidden = hidden_down = minimal_order(cost_up + cost_down)
-            else:
-                hidden, hidden_down = minimal_order(cost_up), minimal_order(cost_down)
-        if self.outer_matters:
-            outputs = best_order(down.T, self.down[hidden_down].T)
-        return Orders(inputs, hidden, hidden_down, outputs)
+    def reorder_outer(self, orders: Orders, fits: "_Fits") -> Orders:
+        """The best orders on the residual side for fixed factors."""
+        if not self.outer_matters:
+            return orders
+        inputs = _best_rows(_products(self.up.T[orders.hidden].T, fits.up.left, fits.up.right))
+        outputs = _best_rows(_products(self.down[orders.hidden_down].T, fits.down.left, fits.down.right))
+        return replace(orders, inputs=inputs, outputs=outputs)
 
-    def regroup(self, orders: Orders, up: KronFit, down: KronFit) -> Orders:
-        """Better hidden orders for fixed second factors, the first ones free."""
+    def reorder_hidden(self, orders: Orders, fits: "_Fits") -> Orders:
+        """The best hidden orders for fixed factors, over all permutations at once."""
         if not self.hidden_matters:
             return orders
-        side_up = self.up[orders.inputs].T, _orthonormal(up.right)
-        side_down = self.down[:, orders.outputs], _orthonormal(down.right.mT)
+        up = _products(self.up.T[:, orders.inputs], fits.up.left.mT, fits.up.right.mT)
+        down = _products(self.down[:, orders.outputs], fits.down.left.mT, fits.down.right.mT)
         if self.is_shared:
-            hidden = align_levels(orders.hidden, (side_up, side_down), groups=self.shape.n1)
+            hidden = _best_rows(up.add_(down))
+            return replace(orders, hidden=hidden, hidden_down=hidden)
+        return replace(orders, hidden=_best_rows(up), hidden_down=_best_rows(down))
+
+    def regroup(self, orders: Orders, fits: "_Fits") -> Orders:
+        """Better hidden orders within their levels, for fixed second factors, the first ones free."""
+        if not self.hidden_matters:
+            return orders
+        up = self.up.T[:, orders.inputs], _orthonormal(fits.up.right.mT)
+        down = self.down[:, orders.outputs], _orthonormal(fits.down.right.mT)
+        if self.is_shared:
+            hidden = align_levels(orders.hidden, (up, down), groups=self.shape.n1)
             return replace(orders, hidden=hidden, hidden_down=hidden)
         return replace(
             orders,
-            hidden=align_levels(orders.hidden, (side_up,), groups=self.shape.n1),
-            hidden_down=align_levels(orders.hidden_down, (side_down,), groups=self.shape.n1),
+            hidden=align_levels(orders.hidden, (up,), groups=self.shape.n1),
+            hidden_down=align_levels(orders.hidden_down, (down,), groups=self.shape.n1),
         )
 
-    def improve(self, name: str, orders: Orders, *, max_sweeps: int, rtol: float) -> PermutedPair:
-        """Alternate from one start; an iterate that does not lower the error is dropped."""
-        up, down = self.fit(orders)
-        history = [up.error + down.error]
-        stopped: Stopped = "max_iter"
-        for _ in range(max_sweeps):
-            new = self.reorder(orders, up.dense(), down.dense())
-            new = self.regroup(new, *self.fit(new))
-            if new.same_as(orders):
-                stopped = "converged"
-                break
-            new_up, new_down = self.fit(new)
-            now = new_up.error + new_down.error
-            if not now < history[-1]:
-                stopped = "no_descent"
-                break
-            orders, up, down = new, new_up, new_down
-            history.append(now)
-            if history[-2] - now < rtol * history[-2]:
-                stopped = "converged"
-                break
-        how = Convergence(name, tuple(history), stopped, ())
-        return PermutedPair(up, down, orders, history[-1], how)
+
+class _Fits(NamedTuple):
+    """Fits of both matrices in their orders, a row per hidden unit (n, m)."""
+
+    up: KronFit
+    down: KronFit
+
+    @property
+    def loss(self) -> float:
+        """Sum of both squared errors."""
+        return self.up.error + self.down.error
+
+
+class _Search:
+    """What became of one start."""
+
+    def __init__(self, pair: _Pair, name: str, orders: Orders) -> None:
+        self.pair, self.name, self.orders = pair, name, orders
+        self.fits = pair.fit(orders)
+        self.history, self.gain = [self.loss], 0.0
+        self.stopped: Stopped | None = None
+        self._is_stalled = False
+
+    @property
+    def loss(self) -> float:
+        """Where it stands."""
+        return self.fits.loss
+
+    def may_catch(self, best: "_Search") -> bool:
+        """Whether one more sweep as good as its last would bring it to the best one."""
+        return self is best or self.loss - self.gain < best.loss
+
+    def sweep(self, *, rtol: float) -> None:
+        """Residual orders and levels; or, where that has stalled, all hidden units at once.
+
+        An order that does not lower the error is dropped. The search ends where the assignment of all units
+        lowers it by less than `rtol`.
+        """
+        before, pair = self.loss, self.pair
+        if self._is_stalled:
+            new = pair.reorder_hidden(self.orders, self.fits)
+        else:
+            new = pair.regroup(pair.reorder_outer(self.orders, self.fits), self.fits)
+        if not new.same_as(self.orders):
+            fits = pair.fit(new)
+            if fits.loss < before:
+                self.orders, self.fits = new, fits
+                self.history.append(fits.loss)
+        self.gain = before - self.loss
+        if self._is_stalled and self.gain < rtol * before:
+            self.stopped = "converged" if self.gain > 0 else "no_descent"
+        self._is_stalled = not self._is_stalled and self.gain < STALLED * rtol * before
+
+
+def _products(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Rows (k, m) times sum_k A_k (x) B_k, through the factors where that is less work: (k, n)."""
+    shape = shape_of(left, right)
+    if len(left) * min(shape.macs()) < shape.rows * shape.cols:
+        return kron_apply(rows, left, right, order=shape.cheaper_order)
+    return rows @ kron_sum(left, right)
+
+
+def _best_rows(products: Tensor) -> Tensor:
+    """The order p (k,) of the largest sum_i products[p[i], i]: which row to put at each place."""
+    return minimal_order(-products).argsort()
 
 
 def _orthonormal(right: Tensor) -> Tensor:

@@ -247,8 +247,6 @@ class CompressionMethod(Protocol):
     """One way to make a GPT-2 smaller, with its settings inside."""
 
     name: str
-    version: int
-    """Raised when the same settings give another result; enters the identity of what is built."""
 
     def stats(self, arch: ModelSpec) -> StatsSpec:
         """What must be measured on the teacher before `compress`."""

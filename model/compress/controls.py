@@ -29,7 +29,6 @@ class RandomInitMethod:
     """
 
     name = "random_init"
-    version = 2
 
     def __init__(self, config: RandomInit, of: CompressionMethod) -> None:
         self.config, self.of = config, of
@@ -88,7 +87,6 @@ class DenseMethod:
     """Nothing is compressed, see `model.compress.recipe.Dense`."""
 
     name = "dense"
-    version = 1
 
     def __init__(self, config: Dense) -> None:
         self.config = config

@@ -23,7 +23,6 @@ class KronActPermMethod:
     """Order and weighted fit together, see `model.compress.kron_recipe.KronActPerm`."""
 
     name = "kron_act_perm"
-    version = 1
 
     def __init__(self, config: KronActPerm) -> None:
         self.config = config

@@ -24,7 +24,6 @@ class KronPermMethod:
     """Permuted pairs, see `model.compress.kron_recipe.KronPerm`."""
 
     name = "kron_perm"
-    version = 1
 
     def __init__(self, config: KronPerm) -> None:
         self.config = config

@@ -34,7 +34,6 @@ class KnGPT2Method:
     """KnGPT2-style (ours), see `model.compress.kron_recipe.KnGPT2`."""
 
     name = "kngpt2"
-    version = 1
 
     def __init__(self, config: KnGPT2) -> None:
         self.config = config
@@ -79,7 +78,6 @@ class TQCompressorMethod:
     """TQCompressor-style (ours), see `model.compress.kron_recipe.TQCompressor`."""
 
     name = "tqcompressor"
-    version = 1
 
     def __init__(self, config: TQCompressor) -> None:
         self.config = config

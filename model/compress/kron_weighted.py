@@ -28,7 +28,6 @@ class KronFisherMethod:
     """Entries weigh by their Fisher information, see `model.compress.kron_recipe.KronFisher`."""
 
     name = "kron_fisher"
-    version = 1
 
     def __init__(self, config: KronFisher) -> None:
         self.config = config
@@ -78,7 +77,6 @@ class KronActMethod:
     """The least output error of each matrix, see `model.compress.kron_recipe.KronAct`."""
 
     name = "kron_act"
-    version = 1
 
     def __init__(self, config: KronAct) -> None:
         self.config = config

@@ -68,7 +68,6 @@ class KronVLMethod:
     """Van Loan and Pitsianis, see `model.compress.kron_recipe.KronVL`."""
 
     name = "kron_vl"
-    version = 1
 
     def __init__(self, config: KronVL) -> None:
         self.config = config
@@ -116,7 +115,6 @@ class KronPruneMethod:
     """Krony-PT's pruning start, see `model.compress.kron_recipe.KronPrune`."""
 
     name = "kron_prune"
-    version = 1
 
     def __init__(self, config: KronPrune) -> None:
         self.config = config

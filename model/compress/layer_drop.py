@@ -28,7 +28,6 @@ class LayerDropMethod:
     """Fewer blocks, unchanged, see `model.compress.structural_recipe.LayerDrop`."""
 
     name = "layerdrop"
-    version = 1
 
     def __init__(self, config: LayerDrop) -> None:
         self.config = config
@@ -91,7 +90,6 @@ class PruneMLPMethod:
     """Fewer hidden units, no refit, see `model.compress.structural_recipe.PruneMLP`."""
 
     name = "prune_mlp"
-    version = 1
 
     def __init__(self, config: PruneMLP) -> None:
         self.config = config

@@ -75,8 +75,6 @@ def _inputs(stats: Stats, name: str, *, is_centred: bool) -> tuple[Tensor, Tenso
 class LowRankMethod:
     """Every method of the family, see the recipes `SVD` to `KFACSVD` in `model.compress.recipe`."""
 
-    version = 1
-
     def __init__(self, config: AnyLowRank) -> None:
         self.config, self.name = config, str(config.name)
 

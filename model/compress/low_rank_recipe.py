@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 class LowRankRecipe:
     """What all low-rank methods share: a weight becomes two thin factors."""
 
+    version: ClassVar[int] = 1
+
     targets: Literal["mlp", "all_linear"] = "mlp"
     """Weight matrices to replace: those of the MLP, or those of the attention as well."""
 

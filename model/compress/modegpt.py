@@ -35,8 +35,6 @@ from model.gpt2 import GPT2
 class ModeGPTMethod:
     """See `ModeGPT` and `ModeGPTJoint` in `model.compress.structural_recipe`."""
 
-    version = 1
-
     def __init__(self, config: ModeGPT | ModeGPTJoint) -> None:
         self.config, self.name = config, str(config.name)
 

@@ -2,7 +2,8 @@
 
 `MethodRecipe` is the union of them, told apart by `name`. The class that does the work is in `methods.py`.
 `needs` names the statistics that a method reads (fields of `contract.StatsSpec`): whether anything is
-measured on the teacher, and what, follows from them. `gram` brings the mean along.
+measured on the teacher, and what, follows from them. `gram` brings the mean along. `version` is raised when
+the same settings give another result, so that old models are not mistaken for new ones.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ class RandomInit:
     """Control: the structure of another method with random weights of the dense matrices' scale."""
 
     name: Literal["random_init"] = "random_init"
+    version: ClassVar[int] = 2
 
     of: AnyKron | AnyLowRank | AnyStructural = field(
         default_factory=KronVL, metadata={"discriminator": "name"}
@@ -38,6 +40,7 @@ class Dense:
     """Control: nothing is compressed; the teacher goes on training on the same tokens."""
 
     name: Literal["dense"] = "dense"
+    version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
 
 

@@ -1,12 +1,14 @@
 """The settings of the structural methods: fewer blocks, hidden units, narrower heads. Loads no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WidthRecipe:
     """What all methods share that keep some hidden units, and perhaps narrower heads."""
+
+    version: ClassVar[int] = 1
 
     hidden: int = 0
     """Hidden units that every MLP keeps; 0 takes as much as the budget allows."""
@@ -94,6 +96,7 @@ class LayerDrop:
     """Some blocks are kept unchanged, the others are gone: the latency baseline."""
 
     name: Literal["layerdrop"] = "layerdrop"
+    version: ClassVar[int] = 1
 
     layers: int = 6
     """Blocks to keep; 0 takes as many as the budget allows."""

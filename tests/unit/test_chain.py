@@ -27,6 +27,18 @@ def test_a_setting_forks_what_follows_it_and_nothing_before() -> None:
     )
 
 
+def test_a_method_that_gives_another_result_gets_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.compress.low_rank_recipe import SVD
+
+    flags = ("--method.name", "svd", "--method.rank", "3")
+    before = links(*flags)
+    assert "version" not in before.init.config  # the first version leaves old addresses as they are
+    monkeypatch.setattr(SVD, "version", 2)
+    after = links(*flags)
+    assert before.init.address != after.init.address
+    assert before.teacher.address == after.teacher.address
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -152,7 +152,7 @@ class KronActPerm(Alternating):
     bias_correction: bool = True
     """Solve with the covariance and give the mean of what is lost back through the bias."""
 
-    orders: tuple[Literal["norm_split", "aligned"], ...] = ("norm_split", "aligned")
+    orders: tuple[Literal["norm_split", "aligned", "selected"], ...] = ("norm_split", "aligned", "selected")
     """Orders to start from, beside the stored one."""
 
     max_sweeps: int = 10

@@ -162,8 +162,16 @@ def flag_table(flags: Sequence[str], *, base: Path) -> dict[str, Any]:
         *sections, leaf = path.replace("-", "_").split(".")
         inner = table
         for section in sections:
+            if isinstance(inner.get(section), str):
+                inner[section] = {"name": inner[section]}  # `--teacher hub --teacher.id …`
             inner = inner.setdefault(section, {})
-        inner[leaf] = _toml_value(value)
+            if not isinstance(inner, dict):
+                raise ConfigError(f"command line: {word} and --{section} {inner!r} exclude each other")
+        found = _toml_value(value)
+        if isinstance(inner.get(leaf), dict) and isinstance(found, str):
+            inner[leaf]["name"] = found
+        else:
+            inner[leaf] = found
     _make_absolute(table, base=base)
     return table
 

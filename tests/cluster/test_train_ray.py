@@ -15,7 +15,8 @@ from pipeline.train.distributed import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 TWO = RayConfig(workers=2)
-TRAIN = {"log_every": 1, "batch_tokens": 112}  # 7 rows: three and four
+STEPS = 60  # long enough that a driver that hears late on a busy machine still finds the workers alive
+TRAIN = {"log_every": 1, "batch_tokens": 112, "max_steps": STEPS}  # 7 rows: three and four
 
 
 def on_two_workers(request, *, watch=lambda row: None, should_stop=lambda: False):
@@ -43,7 +44,7 @@ def undisturbed(ray_local, lab, tmp_path_factory):
 def test_two_workers_are_the_plain_loop(lab, undisturbed, tmp_path):
     run, result, rows = undisturbed
     plain = lab.fit(lab.request(tmp_path / "plain", **TRAIN))
-    assert [row["step"] for row in rows] == [row["step"] for row in plain.rows] == list(range(21))
+    assert [row["step"] for row in rows] == [row["step"] for row in plain.rows] == list(range(STEPS + 1))
     for name in ("loss", "val_loss"):
         found, expected = ([row[name] for row in r if name in row] for r in (rows, plain.rows))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -65,9 +66,9 @@ def test_a_killed_worker_costs_time_and_nothing_else(ray_local, lab, undisturbed
     other = tmp_path / "run" / "killed-12345678" / "1"
     again, told = on_two_workers(lab.request(other, **TRAIN, checkpoint_every=5), watch=kill_one)
     assert killed
-    assert again.resumed_from in (10, 15, 20)  # a busy driver hears of step 12 late
+    assert again.resumed_from in range(10, STEPS, 5)  # where the kill fell depends on when the driver heard
     assert f"continues at step {again.resumed_from}" in capsys.readouterr().err
-    assert [row["step"] for row in told] == list(range(21))
+    assert [row["step"] for row in told] == list(range(STEPS + 1))
     for mine, theirs in zip(told, rows, strict=True):
         assert {k: v for k, v in mine.items() if k != "tokens_per_s"} == {
             k: v for k, v in theirs.items() if k != "tokens_per_s"
@@ -80,7 +81,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(ray_local, lab, undisturbed
 def test_a_stop_saves_the_state_and_one_process_continues(ray_local, lab, tmp_path):
     run = tmp_path / "run" / "stopped-12345678" / "1"
     steps: list[int] = []
-    endless = lab.request(run, **TRAIN, max_steps=10_000)
+    endless = lab.request(run, **TRAIN | {"max_steps": 10_000})
     stopped, _ = on_two_workers(
         endless,
         watch=lambda row: steps.append(row["step"]),

@@ -8,7 +8,7 @@ import pytest
 from model.compress.kron_recipe import KronPrune, KronVL
 from pipeline.config.arguments import parse
 from pipeline.config.identity import identity_fields
-from pipeline.config.load import load_study, to_json
+from pipeline.config.load import flag_table, load_study, to_json
 from pipeline.config.schema import RunConfig
 from pipeline.config.sources import FilesCorpus
 from pipeline.config.sweep import load_sweep
@@ -164,3 +164,10 @@ def test_the_command_line_knows_its_options_from_config_fields(tmp_path: Path) -
     assert (arguments.study.first.train.max_steps, arguments.study.first.seed, arguments.plan) == (5, 2, True)
     with pytest.raises(ConfigError, match="unknown option --plann"):
         parse("train", ["--plann"], about="")
+
+
+def test_a_name_and_fields_of_one_section_go_together_on_the_command_line():
+    for words in (["--teacher", "hub", "--teacher.id", "x/y"], ["--teacher.id", "x/y", "--teacher", "hub"]):
+        assert flag_table(words, base=Path.cwd())["teacher"] == {"name": "hub", "id": "x/y"}
+    with pytest.raises(ConfigError, match="exclude each other"):
+        flag_table(["--seed", "1", "--seed.x", "2"], base=Path.cwd())

@@ -26,7 +26,7 @@ store = "store"
 
 [corpus]
 name = "files"
-paths = ["words.txt"]
+paths = ["WORDS"]
 
 [tokenizer]
 vocab_size = 300
@@ -94,10 +94,25 @@ def build(folder: Path, *, axes: Mapping[str, Any] = AXES, extra: str = "", **sw
     return study
 
 
-def write(folder: Path, *, axes: Mapping[str, Any] = AXES, extra: str = "", **sweep: Any) -> SweepStudy:
-    """Write `sweep.toml` over the same base; `stop` is a table, other settings of [sweep] as they are."""
+def write(
+    folder: Path,
+    *,
+    axes: Mapping[str, Any] = AXES,
+    extra: str = "",
+    origin: Path | None = None,
+    **sweep: Any,
+) -> SweepStudy:
+    """Write `sweep.toml` over the same base; `stop` is a table, other settings of [sweep] as they are.
+
+    `origin` is the folder of the text, where the store of `folder` is a copy of the one there.
+    """
     stop = sweep.pop("stop", None)
-    lines = [BASE, extra, "[sweep]", *(f"{key} = {json.dumps(value)}" for key, value in sweep.items())]
+    lines = [
+        BASE.replace("WORDS", str((origin or folder) / "words.txt")),
+        extra,
+        "[sweep]",
+        *(f"{key} = {json.dumps(value)}" for key, value in sweep.items()),
+    ]
     if stop:
         lines += ["[sweep.stop]", *(f"{key} = {json.dumps(value)}" for key, value in stop.items())]
     lines += ["[sweep.axes]", *(f'"{path}" = {json.dumps(values)}' for path, values in axes.items())]

@@ -5,9 +5,11 @@ follow the cap by themselves. A Kronecker method needs a shape: of those that ke
 rank, the one with the fewest multiplications. Integers only, no weight is read.
 """
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Literal, NamedTuple, get_args
 
+from model.algebra.shapes import KronShape
 from model.compress.budget import Budget
 from model.compress.contract import Plan
 from model.compress.kron_plan import KronChoice, shapes_at
@@ -66,50 +68,47 @@ def tracks_of(kind: Any) -> tuple[Track, ...]:
 
 
 def _entry(kind: Any, spec: ModelSpec, budget: Budget, track: Track) -> AtBudget:
+    """The first settings that a method can follow the cap with; else the first reason why not."""
     recipe: MethodRecipe = kind()
-    try:
-        recipe = _sized(kind, spec, budget, track)
-        plan: Plan | str = make_method(recipe).plan(spec, budget)
-    except ModelError as err:
-        plan = str(err)
+    plan: Plan | str = ""
+    for recipe in _sized(kind, spec, budget, track):
+        try:
+            plan = make_method(recipe).plan(spec, budget)
+            break
+        except ModelError as err:
+            plan = plan or str(err)
+    if not plan:
+        plan = f"no shape at all MLPs keeps {budget.describe()}"
     label = f"random_init of {recipe.of.name}" if isinstance(recipe, RandomInit) else str(recipe.name)
     return AtBudget(label, recipe, plan)
 
 
-def _sized(kind: Any, spec: ModelSpec, budget: Budget, track: Track) -> MethodRecipe:
-    """A recipe that follows the cap; ModelError where no shape keeps it."""
-    settings: dict[str, Any] = {}
+def _sized(kind: Any, spec: ModelSpec, budget: Budget, track: Track) -> Iterator[MethodRecipe]:
+    """Recipes that follow the cap, the preferred one first."""
     names = {field.name for field in fields(kind)}
     if issubclass(kind, KronPlace):
-        settings = _shaped(spec, budget, has_terms="terms" in names)
+        yield from (kind(**settings) for settings in _shaped(spec, budget, has_terms="terms" in names))
     elif issubclass(kind, RandomInit):
-        settings = {"of": _sized(KronVL if track == "M" else SVD, spec, budget, track)}
+        yield from (kind(of=of) for of in _sized(KronVL if track == "M" else SVD, spec, budget, track))
     elif issubclass(kind, LayerDrop):
-        settings = {"layers": 0}
+        yield kind(layers=0)
     elif issubclass(kind, KnGPT2 | TQCompressor):
-        settings = {"head": "tied"}
+        yield kind(head="tied")
     elif "targets" in names:
-        settings = {"targets": TARGETS[track]}
-    recipe: MethodRecipe = kind(**settings)
-    return recipe
+        yield kind(targets=TARGETS[track])
+    else:
+        yield kind()
 
 
-def _shaped(spec: ModelSpec, budget: Budget, *, has_terms: bool) -> dict[str, Any]:
-    """Shape, and terms where a method knows them: full rank first, then the fewest multiplications."""
+def _shaped(spec: ModelSpec, budget: Budget, *, has_terms: bool) -> Iterator[dict[str, Any]]:
+    """Shapes, with terms where a method knows them: full rank first, then the fewest multiplications."""
     fitting = shapes_at(spec, KronChoice(shape=(1, 1), terms=0, one_term=not has_terms), budget)
-    if not fitting:
-        many = "any number of terms" if has_terms else "one term"
-        raise ModelError(
-            f"no shape with {many} at all MLPs has {budget.params * (1 - budget.tolerance):,.0f} to "
-            f"{budget.params:,} parameters ({budget.convention})"
-        )
-    shape, terms, _ = min(
-        fitting,
-        key=lambda row: (
-            row[0].rank_bound(row[1]) < min(row[0].rows, row[0].cols),
-            row[1] * min(row[0].macs()),
-            row[1],
-            -row[0].m1 * row[0].n1,  # of the two orders of one product the one with the large factor first
-        ),
-    )
-    return {"shape": (shape.m1, shape.n1)} | ({"terms": terms} if has_terms else {})
+
+    def merit(row: tuple[KronShape, int]) -> tuple[bool, int, int]:
+        shape, terms = row
+        is_short = shape.rank_bound(terms) < min(shape.rows, shape.cols)
+        # of the two orders of one product the one with the large factor first
+        return is_short, terms * min(shape.macs()), -shape.m1 * shape.n1
+
+    for shape, terms in sorted(fitting, key=merit):
+        yield {"shape": (shape.m1, shape.n1)} | ({"terms": terms} if has_terms else {})

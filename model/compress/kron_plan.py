@@ -16,10 +16,10 @@ from model.algebra.shapes import (
     nearest_shapes,
     rank_warning,
 )
-from model.compress.budget import Budget
+from model.compress.budget import Budget, Size
 from model.compress.contract import Plan, StatsSpec
 from model.compress.kron_recipe import KronRecipe
-from model.config import Convention, Kron, Matrix, ModelError, ModelSpec
+from model.config import Kron, Matrix, ModelError, ModelSpec
 
 UP, DOWN = "mlp.c_fc", "mlp.c_proj"
 
@@ -131,7 +131,7 @@ def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budg
     """The plan of a Kronecker method; ModelError for an illegal shape or terms, or a budget not kept."""
     budget.require_uniform(method)
     shapes = tuple(dict.fromkeys(chosen_shapes(spec, choice).values()))
-    if not choice.terms and not budget.params:
+    if not choice.terms and not budget.is_set:
         raise ModelError(
             f"{method}: terms = 0 takes as many as the budget allows; set budget.params or terms"
         )
@@ -150,36 +150,42 @@ def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budg
     return Plan(method=method, source=spec, spec=result, notes=tuple(notes))
 
 
-def _base(spec: ModelSpec, choice: KronChoice, convention: Convention) -> int:
-    """Parameters of everything but the matrices to be replaced."""
+def _base(spec: ModelSpec, choice: KronChoice, budget: Budget) -> Size:
+    """The cost of everything but the matrices to be replaced, as far as it is capped."""
     names = {f"h.{i}.{role}" for i in chosen_blocks(spec, choice.layers) for role in (UP, DOWN)}
-    replaced = sum(site.cost.params - site.n_bias for site in spec.sites() if site.name in names)
-    return spec.num_parameters(convention) - replaced
+    replaced = [site for site in spec.sites() if site.name in names]
+    gone = Size(
+        sum(site.cost.params - site.n_bias for site in replaced), sum(site.cost.macs for site in replaced)
+    )
+    return budget.size(spec).grown(gone, -1)
+
+
+def _step(shapes: Iterable[KronShape], *, scales: bool) -> Size:
+    """What one more term costs at both matrices of every block, shapes block by block."""
+    found = [(shape.params(1, scales=scales), min(shape.macs())) for shape in shapes]
+    return Size(2 * sum(params for params, _ in found), 2 * sum(macs for _, macs in found))
 
 
 def _most_terms(spec: ModelSpec, choice: KronChoice, budget: Budget) -> int:
-    """The largest number of terms that keeps the cap, the same in every block; 0 if not even one does."""
+    """The largest number of terms that keeps the caps, the same in every block; not above 0 if none does."""
     shapes = chosen_shapes(spec, choice).values()
-    return budget.most_terms(
-        base=_base(spec, choice, budget.convention),
-        per_term=2 * sum(shape.params(1, scales=choice.scales) for shape in shapes),
-        max_terms=1 if choice.one_term else min(shape.max_terms for shape in shapes),
-    )
+    limit = 1 if choice.one_term else min(shape.max_terms for shape in shapes)
+    step = _step(shapes, scales=choice.scales)
+    return budget.most(_base(spec, choice, budget), step, limit=limit)
 
 
-def shapes_at(spec: ModelSpec, choice: KronChoice, budget: Budget) -> list[tuple[KronShape, int, int]]:
-    """Every (shape, terms, parameters) that keeps the budget: one shape at all chosen blocks, most terms."""
+def shapes_at(spec: ModelSpec, choice: KronChoice, budget: Budget) -> list[tuple[KronShape, int]]:
+    """Every shape, with the most terms, that keeps the budget: one at all chosen blocks."""
     blocks = chosen_blocks(spec, choice.layers)
     widths = {spec.blocks[i].mlp_hidden for i in blocks}
     if len(widths) > 1:
         return []
-    base, found = _base(spec, choice, budget.convention), []
+    base, found = _base(spec, choice, budget), []
     for shape in legal_shapes(spec.arch.n_embd, widths.pop()):
-        per_term = 2 * len(blocks) * shape.params(1, scales=choice.scales)
-        most = 1 if choice.one_term else shape.max_terms
-        terms = budget.most_terms(base=base, per_term=per_term, max_terms=most)
-        if terms and budget.fits(base + terms * per_term):
-            found.append((shape, terms, base + terms * per_term))
+        step = _step([shape] * len(blocks), scales=choice.scales)
+        terms = budget.most(base, step, limit=1 if choice.one_term else shape.max_terms)
+        if terms > 0 and budget.fits(base.grown(step, terms)):
+            found.append((shape, terms))
     return found
 
 
@@ -187,19 +193,21 @@ def _nearest(spec: ModelSpec, choice: KronChoice, budget: Budget, *, count: int 
     """The shapes nearest to the one asked for that keep the budget with some number of terms."""
     if choice.layer_shapes:
         return "change layer_shapes, terms or the cap"
-    base, blocks = _base(spec, choice, budget.convention), chosen_shapes(spec, choice)
+    blocks = chosen_shapes(spec, choice)
     rows, cols = spec.arch.n_embd, next(iter(blocks.values())).cols
-    fitting = {shape: (terms, total) for shape, terms, total in shapes_at(spec, choice, budget)}
+
+    def total(shape: KronShape, terms: int) -> int:
+        chosen = replace(choice, shape=(shape.m1, shape.n1))
+        return with_kron_mlp(spec, chosen, terms=terms).num_parameters(budget.convention)
+
+    fitting = dict(shapes_at(spec, choice, budget))
     nearest = nearest_shapes(rows, cols, choice.shape, count=len(legal_shapes(rows, cols)))
     found = [
-        f"shape = [{shape.m1}, {shape.n1}], terms = {fitting[shape][0]} ({fitting[shape][1]:,})"
-        for shape in nearest
-        if shape in fitting
+        f"shape = [{shape.m1}, {shape.n1}], terms = {fitting[shape]} ({total(shape, fitting[shape]):,})"
+        for shape in [shape for shape in nearest if shape in fitting][:count]
     ]
     if found:
-        return "nearest that keep it: " + "; ".join(found[:count])
-    smallest = base + 2 * len(blocks) * min(
-        shape.params(1, scales=choice.scales) for shape in legal_shapes(rows, cols)
-    )
+        return "nearest that keep it: " + "; ".join(found)
+    smallest = min(legal_shapes(rows, cols), key=lambda shape: (shape.params(1), shape.m1))
     largest = spec.num_parameters(budget.convention)
-    return f"no shape keeps it: these blocks leave {smallest:,} to {largest:,} parameters"
+    return f"no shape keeps it: these blocks leave {total(smallest, 1):,} to {largest:,} parameters"

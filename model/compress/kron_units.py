@@ -49,7 +49,6 @@ class KronUnitsMethod:
     """See `model.compress.kron_recipe.KronUnits`."""
 
     name = "kron_units"
-    version = 1
 
     def __init__(self, config: KronUnits) -> None:
         self.config = config

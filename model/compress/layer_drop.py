@@ -42,14 +42,13 @@ class LayerDropMethod:
         keep = self.config.layers or self._most(arch, budget)
         result = self._without(arch, self._chosen(arch, keep, stats))
         notes: tuple[str, ...] = (f"keeps blocks {', '.join(str(block.source) for block in result.blocks)}",)
-        if budget.params:
-            count = result.num_parameters(budget.convention)
+        if budget.is_set:
+            size = budget.size(result)
             more = result if keep == len(arch.blocks) else self._without(arch, tuple(range(keep + 1)))
-            is_most = count <= budget.params < more.num_parameters(budget.convention)
-            if not (is_most or budget.fits(count)):
+            is_most = budget.holds(size) and not budget.holds(budget.size(more))
+            if not (is_most or budget.fits(size)):
                 budget.check(result, what=f"layerdrop, {keep} blocks", hint=lambda: self._hint(arch, budget))
-            gap = budget.params - count
-            notes += (f"{gap:,} ({gap / budget.params:.2%}) below the cap: a block is the smallest step",)
+            notes += (f"{budget.gap(size)}: a block is the smallest step",)
         return Plan(method=self.name, source=arch, spec=result, notes=notes)
 
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
@@ -69,15 +68,11 @@ class LayerDropMethod:
         return replace(arch, blocks=tuple(arch.blocks[i] for i in kept))
 
     def _most(self, arch: ModelSpec, budget: Budget) -> int:
-        if not budget.params:
+        if not budget.is_set:
             raise ModelError("layerdrop: layers = 0 takes as many as the budget allows; set budget.params")
         least = 2 if self.config.select == "even" else 1
         counts = range(least, len(arch.blocks) + 1)
-        fitting = [
-            n
-            for n in counts
-            if self._without(arch, tuple(range(n))).num_parameters(budget.convention) <= budget.params
-        ]
+        fitting = [n for n in counts if budget.holds(budget.size(self._without(arch, tuple(range(n)))))]
         return fitting[-1] if fitting else least
 
     def _hint(self, arch: ModelSpec, budget: Budget) -> str:

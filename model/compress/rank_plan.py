@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from model.algebra.allocation import greedy_gain
 from model.algebra.low_rank import check_rank, largest_rank
-from model.compress.budget import Budget
+from model.compress.budget import Budget, Size
 from model.compress.contract import Gains, Plan, Unmeasured
 from model.compress.kron_plan import chosen_blocks
 from model.compress.low_rank_recipe import LowRankRecipe
@@ -35,7 +35,7 @@ def plan_low_rank(method: str, spec: ModelSpec, recipe: LowRankRecipe, budget: B
     if recipe.rank:
         ranks = dict.fromkeys((site.name for site in sites), recipe.rank)
         return _plan(method, spec, recipe, budget, ranks, what=f"rank {recipe.rank}")
-    if not budget.params:
+    if not budget.is_set:
         raise ModelError(f"{method}: rank = 0 takes as much as the budget allows; set budget.params or rank")
     if budget.allocate == "greedy_gain":
         raise Unmeasured(
@@ -53,7 +53,7 @@ def plan_ranks_by_gain(
     method: str, spec: ModelSpec, recipe: LowRankRecipe, budget: Budget, gains: Gains
 ) -> Plan:
     """The ranks that gain most per parameter; `gains` are squared singular values, weighted, by module."""
-    if recipe.rank or not budget.params:
+    if recipe.rank or not budget.is_set:
         return plan_low_rank(method, spec, recipe, budget)
     sites, multiple = _checked_sites(method, spec, recipe), recipe.rank_multiple
     units = [_grouped(gains[site.name][: _most(site, multiple)], multiple) for site in sites]
@@ -123,27 +123,33 @@ def _plan(
     return Plan(method=method, source=spec, spec=result)
 
 
+def _base(spec: ModelSpec, sites: Sequence[Site], budget: Budget) -> Size:
+    """The cost of everything but the matrices to be replaced, as far as it is capped."""
+    gone = Size(sum(site.cost.params - site.n_bias for site in sites), sum(site.cost.macs for site in sites))
+    return budget.size(spec).grown(gone, -1)
+
+
 def _room(spec: ModelSpec, sites: Sequence[Site], budget: Budget) -> int:
-    """Parameters that the cap leaves to the factors."""
-    replaced = sum(site.cost.params - site.n_bias for site in sites)
-    return budget.params - (spec.num_parameters(budget.convention) - replaced)
+    """Entries of factors that the caps leave; each is one parameter and one multiply-accumulate."""
+    everything = sum(site.n_in * site.n_out for site in sites)
+    return budget.most(_base(spec, sites, budget), Size(1, 1), limit=everything)
 
 
 def _range(spec: ModelSpec, recipe: LowRankRecipe, budget: Budget) -> str:
     """What would keep the budget: the uniform ranks, or the sizes that low rank can have around the cap."""
     sites = target_sites(spec, recipe)
-    room = _room(spec, sites, budget)
 
-    def size(limit: int) -> tuple[int, str]:
+    def at(limit: int) -> tuple[ModelSpec, str]:
         ranks = uniform_ranks(sites, room=limit, multiple=recipe.rank_multiple)
-        factors = sum(ranks[site.name] * (site.n_in + site.n_out) for site in sites)
-        return budget.params - room + factors, _words(ranks)
+        return spec.with_matrices({name: LowRank(rank=rank) for name, rank in ranks.items()}), _words(ranks)
 
-    total, words = size(room)
-    if budget.fits(total):
+    best, words = at(_room(spec, sites, budget))
+    total = best.num_parameters(budget.convention)
+    if budget.fits(budget.size(best)):
         return f"rank = 0 keeps it with {words} ({total:,})"
-    smallest, largest = size(0)[0], size(sum(site.n_in * site.n_out for site in sites))[0]
-    if not smallest <= budget.params <= largest:
+    ends = [at(limit)[0] for limit in (0, sum(site.n_in * site.n_out for site in sites))]
+    smallest, largest = (end.num_parameters(budget.convention) for end in ends)
+    if budget.params and not smallest <= budget.params <= largest:
         return f"low rank at these matrices leaves {smallest:,} to {largest:,} parameters"
     return f"the nearest uniform ranks below it are {words} ({total:,}); raise budget.tolerance or its cap"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from model.algebra.allocation import allocate_sparsity
-from model.compress.budget import Budget
+from model.compress.budget import Budget, Size
 from model.compress.contract import Plan, Stats, Unmeasured
 from model.compress.kron_plan import chosen_blocks
 from model.compress.structural_recipe import ModeGPTRecipe, WidthRecipe
@@ -43,7 +43,7 @@ def plan_widths(
     planner = _Planner(method, spec, recipe, budget)
     if recipe.hidden:
         widths = planner.given()
-    elif not budget.params:
+    elif not budget.is_set:
         raise ModelError(
             f"{method}: hidden = 0 takes as much as the budget allows; set budget.params or hidden"
         )
@@ -104,9 +104,9 @@ class _Planner:
             blocks[i] = narrow
         return replace(self.spec, blocks=tuple(blocks))
 
-    def count(self, widths: Mapping[int, Widths]) -> int:
-        """Parameters in the budget's convention."""
-        return self.build(widths).num_parameters(self.budget.convention)
+    def size(self, widths: Mapping[int, Widths]) -> Size:
+        """What a model with those widths costs, as far as it is capped."""
+        return self.budget.size(self.build(widths))
 
     def same(self, hidden: int, head: int) -> dict[int, Widths]:
         """The same widths in every chosen block."""
@@ -144,10 +144,10 @@ class _Planner:
         """Most hidden units that fit beside a head width; 0 if none do."""
         step = self.recipe.rank_multiple
         first = _up(SMALLEST, step)
-        base = self.count(self.same(first, head))
-        price = self.count(self.same(first + 1, head)) - base
-        most = first + (self.budget.params - base) // price // step * step
-        return 0 if most < first else min(most, self.full.hidden // step * step)
+        base = self.size(self.same(first, head))
+        price = self.size(self.same(first + 1, head)).grown(base, -1)
+        most = first + self.budget.most(base, price, limit=self.full.hidden - first) // step * step
+        return 0 if most < first else most
 
     def by_influence(self, scores: Sequence[float]) -> dict[int, Widths]:
         """One keep ratio per block by its score, the largest model that fits, the rest as hidden units."""
@@ -159,11 +159,11 @@ class _Planner:
             return {i: self._kept(1.0 - cut) for i, cut in zip(self.blocks, cuts, strict=True)}
 
         low, high = 0.0, recipe.max_sparsity
-        if self.count(at(low)) <= self.budget.params:
+        if self.budget.holds(self.size(at(low))):
             return at(low)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.count(at(middle)) <= self.budget.params else (middle, high)
+            low, high = (low, middle) if self.budget.holds(self.size(at(middle))) else (middle, high)
         return self._filled(at(high), sorted(self.blocks, key=lambda i: (-scores[i], i)))
 
     def _kept(self, share: float) -> Widths:
@@ -174,29 +174,36 @@ class _Planner:
 
     def _filled(self, widths: dict[int, Widths], order: Sequence[int]) -> dict[int, Widths]:
         """Hidden units for what is left of the cap, one step per block and round, in order."""
-        step, room = self.recipe.rank_multiple, self.budget.params - self.count(widths)
+        step, size = self.recipe.rank_multiple, self.size(widths)
         some = next(iter(widths))
-        wider = replace(widths[some], hidden=widths[some].hidden - 1)
-        price = step * (self.count(widths) - self.count({**widths, some: wider}))
-        is_moving = room >= price
+        narrower = replace(widths[some], hidden=widths[some].hidden - 1)
+        price = size.grown(self.size({**widths, some: narrower}), -1)
+        room = self.budget.most(size, price, limit=len(order) * self.full.hidden) // step
+        is_moving = room > 0
         while is_moving:
             is_moving = False
             for i in order:
-                if room >= price and widths[i].hidden + step <= self.full.hidden:
+                if room > 0 and widths[i].hidden + step <= self.full.hidden:
                     widths[i] = replace(widths[i], hidden=widths[i].hidden + step)
-                    room, is_moving = room - price, True
+                    room, is_moving = room - 1, True
         return widths
 
     def hint(self) -> str:
         """Which settings would keep the budget."""
-        smallest = self.count(self.same(SMALLEST, SMALLEST if self.has_heads else self.full.head))
-        largest = self.count(self.same(self.full.hidden, self.full.head))
-        if not smallest <= self.budget.params <= largest:
+        ends = (
+            self.same(SMALLEST, SMALLEST if self.has_heads else self.full.head),
+            self.same(self.full.hidden, self.full.head),
+        )
+        smallest, largest = (self._count(widths) for widths in ends)
+        if self.budget.params and not smallest <= self.budget.params <= largest:
             return f"{self.method} can have {smallest:,} to {largest:,} parameters"
-        best = self.uniform()[self.blocks[0]]
+        widths = self.uniform()
+        best = widths[self.blocks[0]]
         heads = f", head_rank = {best.head}" if self.has_heads else ""
-        found = self.count(self.same(best.hidden, best.head))
-        return f"hidden = {best.hidden}{heads} has {found:,}"
+        return f"hidden = {best.hidden}{heads} has {self._count(widths):,}"
+
+    def _count(self, widths: Mapping[int, Widths]) -> int:
+        return self.build(widths).num_parameters(self.budget.convention)
 
 
 def _up(value: int, step: int) -> int:

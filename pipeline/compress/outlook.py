@@ -104,6 +104,8 @@ def budget_of(config: BudgetConfig) -> "Budget":
 
     return Budget(
         params=config.params,
+        macs=config.macs,
+        kv_bytes=config.kv_bytes,
         convention=config.convention,
         tolerance=config.tolerance,
         allocate=config.allocate,

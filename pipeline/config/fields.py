@@ -5,3 +5,6 @@ from typing import Any
 
 NOT_IDENTITY: Mapping[str, Any] = {"identity": False}
 """`field(metadata=NOT_IDENTITY)`: workers, intervals and places never fork an address."""
+
+UNLESS_DEFAULT: Mapping[str, Any] = {"identity": "unless default"}
+"""`field(default=…, metadata=UNLESS_DEFAULT)`: came later; at its default it forks no address."""

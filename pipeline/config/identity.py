@@ -1,24 +1,35 @@
 """Identity: which fields of a config decide a result.
 
-A dataclass becomes plain JSON without the fields that are marked `NOT_IDENTITY`; what is left is what a
-fingerprint is made of. Pure, and loads nothing.
+A dataclass becomes plain JSON without the fields that are marked `NOT_IDENTITY`, and without those marked
+`UNLESS_DEFAULT` where they have their default; what is left is what a fingerprint is made of. Pure, and loads
+nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
+
+from pipeline.config.fields import UNLESS_DEFAULT
 
 
 def identity_fields(value: Any) -> Any:
-    """`value` as JSON: dataclasses become mappings without non-identity fields, tuples become lists."""
+    """`value` as JSON: dataclasses become mappings of what counts, tuples become lists."""
     if is_dataclass(value) and not isinstance(value, type):
-        kept = (f for f in fields(value) if f.metadata.get("identity", True))
-        return {f.name: identity_fields(getattr(value, f.name)) for f in kept}
+        kept = (each for each in fields(value) if _counts(each, getattr(value, each.name)))
+        return {each.name: identity_fields(getattr(value, each.name)) for each in kept}
     if isinstance(value, Mapping):
         return {str(key): identity_fields(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [identity_fields(item) for item in value]
     return value
+
+
+def _counts(item: Field[Any], value: Any) -> bool:
+    """Whether a field with this value takes part."""
+    rule = item.metadata.get("identity", True)
+    if rule == UNLESS_DEFAULT["identity"]:
+        return bool(value != item.default)
+    return bool(rule)
 
 
 def differing(first: Any, second: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from model.compress.kron_recipe import KronVL
 from model.compress.recipe import MethodRecipe
-from pipeline.config.fields import NOT_IDENTITY
+from pipeline.config.fields import NOT_IDENTITY, UNLESS_DEFAULT
 from pipeline.config.sources import BpeTokenizer, Corpus, DataConfig, PydocsCorpus, Tokenizer
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
@@ -79,16 +79,22 @@ Teacher = Annotated[ScratchTeacher | HubTeacher, Field(discriminator="name")]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetConfig:
-    """The cap that a compressed model must keep; never exceeded, never rounded up."""
+    """The caps that a compressed model must keep, all that are set; never exceeded, never rounded up."""
 
     params: int = 0
     """Largest number of unique parameters; 0 sets no cap."""
+
+    macs: int = field(default=0, metadata=UNLESS_DEFAULT)
+    """Largest number of multiply-accumulates per token, factored, without attention scores; 0 sets no cap."""
+
+    kv_bytes: int = field(default=0, metadata=UNLESS_DEFAULT)
+    """Most bytes of keys and values per token of the past, in bf16; 0 sets no cap."""
 
     convention: Literal["tied_all", "krony_no_wpe", "non_embedding"] = "tied_all"
     """What is counted: everything once, or without the position table, or without both tables."""
 
     tolerance: float = 0.002
-    """How far below the cap the result may lie, relative; further below is an error."""
+    """How far below its caps the result may lie, relative; it must be as near as that to one of them."""
 
     allocate: Literal["uniform", "modegpt_bi", "greedy_gain"] = "uniform"
     """How the cap is spread over layers."""

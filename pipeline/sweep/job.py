@@ -193,6 +193,8 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
     channel.enter("init")
     init = stages.init(work)
     channel.enter("train")
+    if channel.why:
+        return _left(work, init, ENDS[channel.why], train_s=0.0)
     began, waited = time.monotonic(), channel.waited_s
     try:
         stages.run(work)

@@ -18,7 +18,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.progress import say
 from pipeline.store.artifacts import Identity, Store
 from pipeline.sweep.predict import Start, starts
-from pipeline.sweep.slots import DRIVER_CPUS, trial_slots
+from pipeline.sweep.slots import trial_slots
 from pipeline.sweep.space import Space, TrialSpec
 from pipeline.train.schedule import is_due
 
@@ -255,7 +255,7 @@ def _resources(study: SweepStudy, rows: Sequence[TrialPlan]) -> Resources:
     ray = study.first.ray
     several = max(1, ray.workers)
     held = {
-        "cores": ray.cpus_per_worker * several + (DRIVER_CPUS if several > 1 else 0.0),
+        "cores": ray.cpus_per_worker * several,
         "GPUs": ray.gpus_per_worker * several,
     }
     fit = trial_slots([{"CPU": _cpus(), "GPU": _gpus()}], ray)

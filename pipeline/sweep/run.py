@@ -88,10 +88,10 @@ class _Session:
         config = self._study.first
         with session(), connect(config.ray, quiet=self._quiet) as ray:
             slots = self._slots(ray)
+            self._share()
             with stop_on_signal("sweep") as should_stop:
-                self._share()
                 self._try(slots, should_stop)
-            if should_stop() or self._campaign.is_stopping:
+            if self._campaign.is_stopping and not self._campaign.is_complete:
                 book = self._campaign.book
                 over = book.count("finished", "stopped", "failed")
                 raise Interrupted(

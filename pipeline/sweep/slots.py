@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from pipeline.config.schema import RayConfig, RunConfig
 
-DRIVER_CPUS = 0.1
-"""CPUs of the actor of a trial whose training runs on workers of its own."""
+DRIVER_BYTES = 256 * 2**20
+"""Memory of the actor of a trial whose training runs on workers of its own; it holds no core beside them."""
 
 EPSILON = 1e-9
 
@@ -26,20 +26,15 @@ def held(config: RunConfig, *, has_gpu: bool) -> RayConfig:
 
 def trial_slots(nodes: Sequence[Mapping[str, float]], config: RayConfig) -> int:
     """Trials that fit on `nodes` (resources by name, of each) at the same time; 0 if not even one."""
-    if config.workers < 2:
-        return sum(_fit(node, config.cpus_per_worker, config.gpus_per_worker) for node in nodes)
     workers = sum(_fit(node, config.cpus_per_worker, config.gpus_per_worker) for node in nodes)
-    spare = sum(node.get("CPU", 0.0) for node in nodes) + EPSILON
-    groups = workers // config.workers
-    # The actors of the trials themselves need room beside the workers.
-    return min(groups, int(spare / (config.workers * config.cpus_per_worker + DRIVER_CPUS)))
+    return workers // max(1, config.workers)
 
 
 def trial_resources(config: RayConfig) -> dict[str, float]:
     """What the actor of one trial holds, by Tune's names."""
     if config.workers < 2:
         return {"cpu": config.cpus_per_worker, "gpu": config.gpus_per_worker}
-    return {"cpu": DRIVER_CPUS, "gpu": 0.0}
+    return {"cpu": 0.0, "gpu": 0.0, "memory": float(DRIVER_BYTES)}
 
 
 def _fit(node: Mapping[str, float], cpus: float, gpus: float) -> int:

@@ -139,7 +139,10 @@ def do_job(job: Job, channel: Channel) -> Outcome:
 def _finish_elsewhere(config: RunConfig, channel: Channel) -> None:
     """Export and score with what one training worker holds; this actor holds next to nothing."""
     task = ray.remote(_finish).options(
-        num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker, max_retries=1
+        num_cpus=config.ray.cpus_per_worker,
+        num_gpus=config.ray.gpus_per_worker,
+        max_retries=1,
+        scheduling_strategy="DEFAULT",  # else it would have to fit into what this actor holds
     )
     answer = task.remote(config)
     while not ray.wait([answer], timeout=BEAT_S)[0]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.sweep import StopRule
-from pipeline.errors import KronyError, PreflightError
+from pipeline.errors import KronyError, PreflightError, TrainError
 from pipeline.progress import Progress
 from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.job import Job, Told, Why
@@ -56,6 +56,12 @@ from pipeline.sweep.trial import Board, Trial  # noqa: E402
 WATCH_S = 1.0
 """Seconds between two looks of the watch."""
 
+START_S = 600.0
+"""Seconds without any running process after which what a trial holds counts as not to be had, at least."""
+
+LIVELY = 0.05
+"""Share of a core that a process must use to count as alive in a stage that tells nothing."""
+
 MEDIAN_SAMPLES = 3
 """Trials that a median is taken of, at least."""
 
@@ -65,6 +71,15 @@ class Seat:
     """A trial as the rules of Tune know it: by our key, the same over restarts."""
 
     trial_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """The last sign of life of a trial."""
+
+    beats: int
+    cpu_s: float
+    at: float
 
 
 class BoardClerk:
@@ -202,14 +217,14 @@ class Ears(tune.Callback):  # type: ignore[misc]
         self._campaign, self._board, self._verdicts = campaign, board, verdicts
         self._window, self._progress = window, progress
         self._should_stop, self._silence_s = should_stop, silence_s
-        self._signs: dict[str, tuple[object, float]] = {}
+        self._signs: dict[str, Sign] = {}
         self._silent: set[str] = set()
         self._looked = self._heard_at = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of a job stands."""
         key = trial.config["job"].key
-        self._signs[key] = ("started", time.monotonic())
+        self._signs[key] = Sign(0, 0.0, time.monotonic())
         self._window.begin(self._campaign.book.entries[key], self._campaign.configs[key])
 
     def on_trial_result(
@@ -250,24 +265,25 @@ class Ears(tune.Callback):  # type: ignore[misc]
         running = [trial for trial in trials if trial.status == "RUNNING"]
         for trial in running:
             key = trial.config["job"].key
-            _, since = self._signs.get(key, ("", now))
-            if now - since > self._silence_s and key not in self._silent:
+            sign = self._signs.get(key)
+            if sign and now - sign.at > self._silence_s and key not in self._silent:
                 self._silent.add(key)
                 ray.kill(trial.temporary_state.ray_actor)
         if running or not self._campaign.running:
             self._heard_at = now
-        elif now - self._heard_at > self._silence_s and self.failure is None:
+        elif now - self._heard_at > max(self._silence_s, START_S) and self.failure is None:
             self.failure = PreflightError(
-                f"no trial could start for {self._silence_s:,.0f} s: what one holds "
+                f"no trial could start for {now - self._heard_at:,.0f} s: what one holds "
                 f"({trial_resources(self._campaign.ray)}) is not free"
             )
             raise self.failure
 
     def _note_sign(self, key: str, told: Told, cpu_s: float) -> None:
-        # While training only new rows count; other stages are silent, but they use the processor.
-        sign = (told.stage, told.beats, 0 if told.stage == "train" else round(cpu_s))
-        if self._signs.get(key, ("", 0.0))[0] != sign:
-            self._signs[key] = (sign, time.monotonic())
+        # While training only new rows count; other stages tell nothing, but they use the processor.
+        last, now = self._signs[key], time.monotonic()
+        used = told.stage != "train" and cpu_s - last.cpu_s > LIVELY * (now - last.at)
+        if told.beats != last.beats or used:
+            self._signs[key] = Sign(told.beats, cpu_s, now)
 
     def _over(self, key: str, outcome: Any) -> None:
         self._signs.pop(key, None)
@@ -336,9 +352,13 @@ def run_jobs(
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
                 verbose=0,
             )
+    except ray.exceptions.RayError as err:
+        first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+        raise TrainError(f"the connection to Ray was lost ({first}); the same command goes on") from err
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        ray.kill(board.handle)
+        if ray.is_initialized():
+            ray.kill(board.handle)
     if ears.failure is not None:
         raise ears.failure
 
@@ -346,7 +366,7 @@ def run_jobs(
 def reason_of(error: str) -> tuple[str, bool]:
     """Why a job was lost, in one line, from Tune's text; and whether it is an error that a retry repeats."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    if "ray::" in error and "Traceback" in error:
+    if "ray::" in error:  # where a remote error begins, its text says which method it left
         return f"{lines[-1]} (a bug: please report it)", True
     if "low on memory" in error or "OutOfMemoryError" in error:
         return "its process was ended by Ray: the node ran out of memory", False

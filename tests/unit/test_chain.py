@@ -179,3 +179,13 @@ budget = { allocate = "greedy_gain" }
     shown = describe(study)
     assert "≤ 1,000,000" in shown
     assert "stats/gram-" in shown
+
+
+def test_a_setting_that_came_later_forks_only_where_it_is_used() -> None:
+    config = load_study(None).first
+    from pipeline.config.identity import identity_fields
+
+    assert set(identity_fields(config.budget)) == {"params", "convention", "tolerance", "allocate"}
+    base, other = links(), links("--budget.macs", "900000", "--budget.tolerance", "0.002")
+    assert base.init.address != other.init.address
+    assert base.init.address == links("--budget.macs", "0").init.address

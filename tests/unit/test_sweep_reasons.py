@@ -16,7 +16,6 @@ Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.1) was 15.1GB / 15.6GB (0.95), which exceeds the memory usage threshold."""
 BUG = """Failure # 1 (occurred at 2026-01-01_00-00-00)
 ray::Trial.train() (pid=1, ip=10.0.0.1)
-Traceback (most recent call last):
   File "job.py", line 1, in perform
 ZeroDivisionError: ours"""
 

@@ -24,7 +24,7 @@ NODE = {"CPU": 16.0, "GPU": 2.0}
         ([NODE, NODE], {"workers": 2, "gpus_per_worker": 1.0}, 2),
         ([NODE, NODE], {"workers": 4, "gpus_per_worker": 1.0}, 1),
         ([NODE, NODE], {"workers": 8, "gpus_per_worker": 1.0}, 0),
-        ([{"CPU": 4.0}], {"workers": 2}, 1),  # the trial itself needs a little beside its workers
+        (LAPTOP, {"workers": 2}, 1),  # the trial itself holds no core beside its workers
         ([{"CPU": 5.0}], {"workers": 2}, 2),
         ([], {}, 0),
     ],

@@ -178,7 +178,8 @@ def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training)
             return fit(request, on_log=on_log, should_stop=should_stop)
         from pipeline.train.distributed import fit as fit_on_ray
 
-        return fit_on_ray(request, ray, on_log=on_log, should_stop=should_stop)
+        on_group = training.driver.on_group if training.driver else None
+        return fit_on_ray(request, ray, on_log=on_log, should_stop=should_stop, on_group=on_group)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline import stages
 from pipeline.config.schema import RunConfig
@@ -93,6 +93,9 @@ class Told:
     beats: int
     """Signs of life so far."""
 
+    group: Any = None
+    """The placement group of its workers, where it has some."""
+
 
 class Channel:
     """Between the thread that trains and the one that speaks for it; all calls are short but `row`."""
@@ -104,6 +107,7 @@ class Channel:
         self._rows: list[Row] = []
         self._stage, self._beats = "start", 0
         self._why: Why = ""
+        self._group: Any = None
         self._is_waiting = self._has_ended = False
 
     # --- the thread that trains -----------------------------------------------------------------------------
@@ -123,6 +127,11 @@ class Channel:
         """Tell that a stage begins, or is still alive."""
         with self._changed:
             self._stage, self._beats = stage, self._beats + 1
+
+    def join(self, group: Any) -> None:
+        """The workers of this trial run, in this placement group."""
+        with self._changed:
+            self._group, self._beats = group, self._beats + 1
 
     def leave(self) -> None:
         """Nothing more will be told."""
@@ -150,7 +159,7 @@ class Channel:
             self._is_waiting = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_waiting or self._has_ended, timeout_s)
-            told = Told(self._stage, tuple(self._rows), self._beats)
+            told = Told(self._stage, tuple(self._rows), self._beats, self._group)
             self._rows = []
         return told
 
@@ -183,6 +192,7 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
         on_row=on_row,
         should_stop=lambda: channel.why != "",
         validate_at=tuple(-(-rung // job.config.train.batch_tokens) for rung in job.rungs),
+        on_group=channel.join,
     )
     work = Work.on(job.config, quiet=True, driver=driver)
     earlier = validations(work)

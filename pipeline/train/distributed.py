@@ -21,7 +21,7 @@ from pipeline.config.schema import RayConfig
 from pipeline.errors import KronyError, PreflightError, TrainError
 from pipeline.progress import say
 from pipeline.store.location import Location
-from pipeline.train.line import Line
+from pipeline.train.line import Line, Told
 from pipeline.train.loop import Hooks, run
 from pipeline.train.relay import Relay
 from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
@@ -42,9 +42,17 @@ CONTROLLER_FAILURES = 3
 PREEMPTIONS = 10
 
 
-def fit(request: FitRequest, config: RayConfig, *, on_log: OnLog, should_stop: ShouldStop) -> FitResult:
+def fit(
+    request: FitRequest,
+    config: RayConfig,
+    *,
+    on_log: OnLog,
+    should_stop: ShouldStop,
+    on_group: Callable[[Any], None] | None = None,
+) -> FitResult:
     """Train on `config.workers` workers, or continue; `on_log` and `should_stop` are called in this process.
 
+    `on_group` gets the placement group of the workers, for whoever must free it if this process is killed.
     Raises PreflightError if the cluster cannot hold the workers, TrainError if the group is lost more often
     than `config.max_failures`, and whatever KronyError a worker raised.
     """
@@ -61,7 +69,7 @@ def fit(request: FitRequest, config: RayConfig, *, on_log: OnLog, should_stop: S
             finally:
                 _clear(storage, name)
 
-        return _drive(ray, fit_and_clear, line, Relay(request, on_log), should_stop)
+        return _drive(ray, fit_and_clear, line, Relay(request, on_log), should_stop, on_group=on_group)
 
 
 # --- in the driver ------------------------------------------------------------------------------------------
@@ -121,7 +129,13 @@ def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Loca
 
 
 def _drive(
-    ray: "ModuleType", work: Callable[[], Any], line: Any, relay: Relay, should_stop: ShouldStop
+    ray: "ModuleType",
+    work: Callable[[], Any],
+    line: Any,
+    relay: Relay,
+    should_stop: ShouldStop,
+    *,
+    on_group: Callable[[Any], None] | None,
 ) -> FitResult:
     """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
     pool = ThreadPool(1)
@@ -133,8 +147,10 @@ def _drive(
             if not asked and should_stop():
                 ray.get(line.ask_stop.remote())
                 asked = True
-            _pump(ray, line, relay)
-        if (failure := _pump(ray, line, relay)) is not None:
+            told = _pump(ray, line, relay)
+            if on_group and told.group is not None:
+                on_group(told.group)
+        if (failure := _pump(ray, line, relay).failure) is not None:
             raise failure
         return _answer(running.get)
     except ray.exceptions.RayError as err:
@@ -159,13 +175,12 @@ def _answer(result: Callable[[], Any]) -> FitResult:
     return answer
 
 
-def _pump(ray: "ModuleType", line: Any, relay: Relay) -> KronyError | None:
-    told = ray.get(line.listen.remote())
+def _pump(ray: "ModuleType", line: Any, relay: Relay) -> Told:
+    told: Told = ray.get(line.listen.remote())
     for note in told.notes:
         say("train", note)
     relay.rows(told.rows)
-    failure: KronyError | None = told.failure
-    return failure
+    return told
 
 
 def _blame(err: BaseException) -> str:
@@ -209,6 +224,8 @@ def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | None:
         return None  # restarted for nothing: the error is one that no restart mends
     try:
         topology = joined(_device(request, gpu=gpu))
+        if topology.is_main:
+            ray.get(line.join.remote(ray.util.get_current_placement_group()))
         return run(request, topology, _hooks(line, is_main=topology.is_main))
     except PeerLost:
         if ray.get(line.failure.remote()) is None:

@@ -5,7 +5,7 @@ loop.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import KronyError
 from pipeline.train.request import Row
@@ -17,6 +17,8 @@ class Told(NamedTuple):
     rows: list[Row]
     notes: list[str]
     failure: KronyError | None
+    group: Any = None
+    """The placement group that the workers run in, each time they start."""
 
 
 class Line:
@@ -28,6 +30,11 @@ class Line:
         self._notes: list[str] = []
         self._stop = False
         self._error: KronyError | None = None
+        self._group: Any = None
+
+    def join(self, group: Any) -> None:
+        """The workers run, in this placement group."""
+        self._group = group
 
     def push(self, rows: Sequence[Row]) -> None:
         """A worker tells rows."""
@@ -39,8 +46,8 @@ class Line:
 
     def listen(self) -> Told:
         """The driver takes what came in."""
-        told = Told(self._rows, self._notes, self._error)
-        self._rows, self._notes = [], []
+        told = Told(self._rows, self._notes, self._error, self._group)
+        self._rows, self._notes, self._group = [], [], None
         return told
 
     def ask_stop(self) -> None:

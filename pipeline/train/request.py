@@ -5,6 +5,7 @@ Loads no torch, so that a driver can build a request and hand it to a worker gro
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.config.training import TrainConfig
 from pipeline.store.location import Location
@@ -30,6 +31,9 @@ class Driver:
 
     validate_at: tuple[int, ...] = ()
     """Steps that are validated beside those of `train.val_every`."""
+
+    on_group: Callable[[Any], None] | None = None
+    """Gets the placement group of a training on several workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

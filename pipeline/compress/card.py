@@ -68,11 +68,13 @@ def card_of(run: Artifact, tokenizer: Artifact, store: Store) -> Card:
     teacher = _input(init, "teacher", store)
     tokens = _input(run.record, "tokens", store)
     source = str(teacher.settings.get("source", "")) if teacher else ""
+    # Not the digest of the run: its history holds speeds, and equal models shall have equal cards.
+    weights = run.record.files["model.safetensors"].sha256
     rows = [*_method(init), *_teacher(teacher), *_training(run.record), *_data(tokens, tokenizer.record)]
     return Card(
         name=str(run.record.settings.get("name", run.record.name)),
         spec=ModelSpec.from_json(json.loads(run.path("config.json").read_bytes())["model"]),
-        making=(*rows, ("record", f"`{run.record.address}`, digest `{run.record.digest[:12]}`")),
+        making=(*rows, ("record", f"`{run.record.address}`, weights `{weights[:12]}`")),
         licence="mit" if source.startswith(OPENAI) else "",
         teacher=source if source.startswith(OPENAI) else "",
     )

@@ -180,7 +180,9 @@ def test_trials_on_two_workers_are_killed_and_stopped_and_give_all_back(ray_loca
     assert good["val_loss"] == pytest.approx(stages.run(plain).record.metrics["val_loss"], rel=1e-5)
 
 
-@pytest.mark.skip(reason="failed once on a busy machine, cause not found yet; not to be trusted until it is")
+@pytest.mark.skip(
+    reason="of three arms two ran to the end where one should, cause not found: halving is unproven"
+)
 def test_halving_pauses_and_goes_on_and_ends_with_the_winner_of_the_full_runs(
     ray_local, sweep_lab, place, base
 ):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.fields import NOT_IDENTITY
+from pipeline.config.fields import NOT_IDENTITY, UNLESS_DEFAULT
 from pipeline.errors import ConfigError
 
 
@@ -40,15 +40,19 @@ class DistillConfig:
     attention: float = 0.0
     """Weight of KL(teacher || student) of attention rows, averaged over heads and blocks."""
 
+    embedding: float = field(default=0.0, metadata=UNLESS_DEFAULT)
+    """Weight of the error of what enters the first block, relative to the teacher's size (KnGPT2)."""
+
     def __post_init__(self) -> None:
         if not (0.0 <= self.alpha <= 1.0 and self.temperature > 0.0):
             raise ConfigError(
                 f"train.distill.alpha={self.alpha} must lie in [0, 1], "
                 f"train.distill.temperature={self.temperature} above 0"
             )
-        if min(self.hidden, self.attention) < 0:
+        if min(self.hidden, self.attention, self.embedding) < 0:
             raise ConfigError(
-                f"train.distill.hidden={self.hidden} and attention={self.attention} must be 0 or more"
+                f"train.distill.hidden={self.hidden}, attention={self.attention} and "
+                f"embedding={self.embedding} must be 0 or more"
             )
 
 

@@ -19,8 +19,11 @@ from pipeline.train.request import FitRequest
 class Distillation(nn.Module):
     """(inputs (B, T), targets (B, T)) -> sum of the losses of all tokens; trains the student alone.
 
-    alpha CE + (1 - alpha) T^2 KL of the logits, + `hidden` mean over blocks of the relative error of states,
-    + `attention` mean over blocks of the KL of attention rows.
+    alpha CE + (1 - alpha) T^2 KL of the logits (Hinton et al. 2015), + `embedding` E + `hidden` mean_l H_l
+    + `attention` mean_l A_l over blocks l (after KnGPT2, arXiv 2110.08152). Per token, E = ||s - t||^2 /
+    ||t||^2 of what enters the first block, H_l the same of what leaves block l, A_l = KL(t || s) of attention
+    rows, the mean over heads. KnGPT2 takes plain mean squares, which depend on the batch and on the size of
+    GPT-2's states; the division by the teacher's is ours.
     """
 
     def __init__(self, student: GPT2, teacher: GPT2, config: DistillConfig) -> None:
@@ -36,6 +39,7 @@ class Distillation(nn.Module):
         with torch.no_grad():
             z = teacher.embed(inputs)
         states, maps, at = x.new_zeros((), dtype=torch.float32), x.new_zeros((), dtype=torch.float32), 0
+        embedded = hidden_sum(x, z, targets) if config.embedding else x.new_zeros((), dtype=torch.float32)
         for block, spec in zip(student.h, student.spec.blocks, strict=True):
             z, at = self._teach(z, at, spec.source), spec.source
             if config.attention:
@@ -56,7 +60,8 @@ class Distillation(nn.Module):
             temperature=config.temperature,
         )
         count = len(student.h)
-        return logits + config.hidden / count * states + config.attention / count * maps
+        inner = config.hidden / count * states + config.attention / count * maps
+        return logits + config.embedding * embedded + inner
 
     @torch.no_grad()
     def _teach(self, z: Tensor, first: int, last: int) -> Tensor:

@@ -14,6 +14,7 @@ from model.losses import (
     distillation_sum,
     hidden_sum,
 )
+from pipeline.config.identity import identity_fields
 from pipeline.config.load import load_study
 from pipeline.config.schema import ScratchTeacher
 from pipeline.config.training import DistillConfig, TrainConfig
@@ -22,7 +23,7 @@ from pipeline.store.location import Location
 from pipeline.train.distill import Distillation
 
 ARCH = GPT2Config(n_layer=3, n_head=2, n_embd=16, n_ctx=12, vocab_size=31)
-EVERYTHING = DistillConfig(alpha=0.3, temperature=2.5, hidden=0.7, attention=1.3)
+EVERYTHING = DistillConfig(alpha=0.3, temperature=2.5, hidden=0.7, attention=1.3, embedding=0.9)
 
 
 def rows(count: int = 4, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +37,8 @@ def plain(student, teacher, inputs, targets, config: DistillConfig) -> torch.Ten
     """The whole objective as one would write it down, for models with the same blocks."""
 
     def trace(model):
-        x, states, maps = model.embed(inputs), [], []
+        x = model.embed(inputs)
+        states, maps = [x], []
         for block in model.h:
             q, k, _ = block.attn.heads(block.ln_1(x))
             scores = (q @ k.mT) / 8**0.5
@@ -54,9 +56,10 @@ def plain(student, teacher, inputs, targets, config: DistillConfig) -> torch.Ten
     p, q = ((each[counts] / config.temperature).softmax(-1) for each in (t_logits, logits))
     kl = (p * (p.log() - q.log())).sum()
     total = config.alpha * ce + (1 - config.alpha) * config.temperature**2 * kl
-    for s, t in zip(states, t_states, strict=True):
+    weights = [config.embedding, *[config.hidden / len(maps)] * len(maps)]
+    for weight, s, t in zip(weights, states, t_states, strict=True):
         error = (s - t).square().sum(-1) / t.square().sum(-1)
-        total = total + config.hidden / len(states) * error[counts].sum()
+        total = total + weight * error[counts].sum()
     for s, t in zip(maps, t_maps, strict=True):
         divergence = torch.where(t > 0, t * (t.clamp_min(1e-38).log() - s.clamp_min(1e-38).log()), 0.0)
         total = total + config.attention / len(maps) * divergence.sum(-1).mean(1)[counts].sum()
@@ -87,7 +90,7 @@ def test_all_cross_entropy_is_the_plain_objective(toy) -> None:
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(toy) -> None:
     student, teacher = (toy(ModelSpec.dense(ARCH), seed=1) for _ in range(2))
-    config = DistillConfig(alpha=0.0, hidden=1.0, attention=1.0)
+    config = DistillConfig(alpha=0.0, hidden=1.0, attention=1.0, embedding=1.0)
     loss = Distillation(student, teacher, config)(*rows())
     loss.backward()
     assert abs(loss.item()) < 1e-4
@@ -171,11 +174,18 @@ def test_models_that_cannot_be_compared_are_refused(toy) -> None:
 
 
 def test_settings_without_meaning_are_refused() -> None:
-    for wrong in ({"alpha": 1.5}, {"temperature": 0.0}, {"hidden": -1.0}):
+    for wrong in ({"alpha": 1.5}, {"temperature": 0.0}, {"hidden": -1.0}, {"embedding": -1.0}):
         with pytest.raises(ConfigError, match="distill"):
             DistillConfig(**wrong)
     with pytest.raises(ConfigError, match="a teacher has no teacher"):
         ScratchTeacher(train=TrainConfig(objective="kd", seq_len=64))
+
+
+def test_a_weight_that_came_later_forks_no_address_of_earlier_runs() -> None:
+    earlier = {"alpha": 0.5, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
+    assert identity_fields(DistillConfig()) == earlier
+    assert identity_fields(DistillConfig(embedding=0.0)) == earlier
+    assert identity_fields(DistillConfig(embedding=0.1)) == earlier | {"embedding": 0.1}
 
 
 # --- in the training loop -----------------------------------------------------------------------------------
@@ -209,7 +219,11 @@ def test_a_run_on_cross_entropy_alone_is_the_plain_run(lab, tmp_path: Path) -> N
 
 
 def test_a_distilling_run_resumes_to_the_same_bytes(lab, tmp_path: Path) -> None:
-    settings = {"max_steps": 8, "log_every": 1, "distill": {"hidden": 0.5, "attention": 0.5}}
+    settings = {
+        "max_steps": 8,
+        "log_every": 1,
+        "distill": {"hidden": 0.5, "attention": 0.5, "embedding": 0.5},
+    }
     whole = lab.fit(request_of(lab, tmp_path / "whole", **settings))
     first = lab.fit(request_of(lab, tmp_path / "cut", **settings), stop_at=3)
     assert first.result.stopped
@@ -229,7 +243,8 @@ def test_shares_of_ranks_add_up_to_one_step(lab, tmp_path: Path) -> None:
             """Nobody answers: the other ranks run one after the other."""
 
     def share(rank: int, world: int) -> torch.Tensor:
-        request = request_of(lab, tmp_path / "x", grad_clip=0.0, distill={"hidden": 1.0, "attention": 1.0})
+        distill = {"hidden": 1.0, "attention": 1.0, "embedding": 1.0}
+        request = request_of(lab, tmp_path / "x", grad_clip=0.0, distill=distill)
         session = Session(request, Alone(rank=rank, world=world, device=torch.device("cpu")))
         session.advance()
         return session._buffer._flat.clone()

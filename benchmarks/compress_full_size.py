@@ -32,13 +32,14 @@ from model.compress.budget import Budget
 from model.compress.contract import Stats
 from model.compress.kron_recipe import KronAct, KronActPerm, KronFisher, KronPerm, KronPrune, KronVL
 from model.compress.methods import make_method, make_plan
+from model.compress.named_budgets import NAMED_BUDGETS
 from model.compress.recipe import MethodRecipe
 from model.config import SIZES, ModelSpec
 from model.export import load_native, save_native
 from model.gpt2 import GPT2
 
 DECAY = 0.35
-CAP = 81_972_576
+CAP = NAMED_BUDGETS["B82"]
 FIXED = ("kngpt2", "tqcompressor")
 SHAPES: dict[str, MethodRecipe] = {
     "kron_vl 384x1536": KronVL(shape=(384, 1536)),

@@ -24,8 +24,10 @@ VERBS = {
     "eval": "model to scores, by protocol",
     "sweep": "many runs over axes and seeds: plan, train, compare",
     "report": "records to tables, plots and one page",
+    "compare": "two models or runs side by side",
     "status": "what is done, running and left",
     "shapes": "legal Kronecker shapes with parameters, ranks and MACs",
+    "plan": "every method at a budget: exact parameters and MACs, or why it cannot",
     "import": "a Krony-PT or nanoGPT checkpoint to folders of ours",
     "submit": "any of these as a job on a Ray cluster",
 }

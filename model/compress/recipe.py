@@ -6,10 +6,10 @@ measured on the teacher, and what, follows from them. `gram` brings the mean alo
 the same settings give another result, so that old models are not mistaken for new ones.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
-from model.compress.kron_recipe import AnyKron, Gauge, KronVL
+from model.compress.kron_recipe import AnyKron, Gauge, KronVL, TQCompressor
 from model.compress.low_rank_recipe import AnyLowRank
 from model.compress.structural_recipe import AnyStructural
 
@@ -46,5 +46,24 @@ class Dense:
 
 MethodRecipe = AnyKron | AnyLowRank | AnyStructural | RandomInit | Dense
 
+
+def recipe_before(method: MethodRecipe) -> MethodRecipe | None:
+    """The recipe whose recovered model this one starts from; None where it starts from the teacher."""
+    return method.before if isinstance(method, TQCompressor) else None
+
+
 SEEDED_METHODS = frozenset({"kron_perm", "tqcompressor", "random_init"})
 """Methods whose result depends on the seed; for all others one compressed model serves every seed."""
+
+
+def as_table(recipe: Any, *, over: Any = None) -> dict[str, Any]:
+    """A recipe as the shortest `[method]` table that means it when laid over another: name, what differs."""
+    table: dict[str, Any] = {"name": recipe.name}
+    below = over if type(over) is type(recipe) else type(recipe)()
+    for item in fields(recipe):
+        value = getattr(recipe, item.name)
+        if item.name == "of":
+            table["of"] = as_table(value, over=getattr(below, "of", None))
+        elif value != getattr(below, item.name):
+            table[item.name] = list(value) if isinstance(value, tuple) else value
+    return table

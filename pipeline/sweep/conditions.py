@@ -5,7 +5,6 @@ Both are enumerated from integers, before a weight exists; what does not qualify
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from model.algebra.shapes import KronShape, legal_shapes
@@ -96,6 +95,7 @@ def method_choices(
             f"{where}: expected {{ methods = 'all', track = 'M', 'A' or 'both', params = N }} with N above 0"
         )
     from model.compress.at_budget import recipes_at
+    from model.compress.recipe import as_table
 
     base = study.first
     dense, tolerance = dense_spec(base), asked.get("tolerance", base.budget.tolerance)
@@ -105,7 +105,7 @@ def method_choices(
             if isinstance(row.plan, str):
                 removed.add(f"{row.label} does not keep {cap:,} parameters", example=row.plan)
                 continue
-            table = _written(row.recipe, base.method)
+            table = as_table(row.recipe, over=base.method)
             choices = {"method": table, "budget.params": cap}
             if tolerance != base.budget.tolerance:
                 choices["budget.tolerance"] = tolerance
@@ -146,19 +146,6 @@ def _natural(asked: Mapping[str, Any], key: str, *, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ConfigError(f"{where}: {key}={json.dumps(value)} must be a whole number, 0 or more")
     return value
-
-
-def _written(recipe: Any, base: Any) -> dict[str, Any]:
-    """A recipe as the shortest TOML table that means it when laid over `base`: its name, and what differs."""
-    table: dict[str, Any] = {"name": recipe.name}
-    below = base if type(base) is type(recipe) else type(recipe)()
-    for item in fields(recipe):
-        value = getattr(recipe, item.name)
-        if item.name == "of":
-            table["of"] = _written(value, getattr(below, "of", None))
-        elif value != getattr(below, item.name):
-            table[item.name] = list(value) if isinstance(value, tuple) else value
-    return table
 
 
 def _why(removed: Removed) -> str:

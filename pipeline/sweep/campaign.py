@@ -2,12 +2,12 @@
 
 It knows no Ray, so every decision can be tested as a function of what was heard. Jobs that were under way
 come first. `halving` compares whole arms (the mean over their seeds) at a rung once all of them are there, so
-the same numbers always give the same winners; the other rules decide trial by trial, elsewhere, and only
-report here.
+the same numbers always give the same winners, whatever was trained before; the other rules decide trial by
+trial, elsewhere, and only report here.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -162,7 +162,7 @@ class Campaign:
             alive = [entry for entry in self.book.entries.values() if not entry.is_over]
             if not alive or any(entry.reach < rung for entry in alive):
                 return
-            ranked = rank_arms(self.book.entries.values(), rung)
+            ranked = rank_arms(self.book.entries.values(), rung, out=self.book.out)
             self.ledger.tell("judged", rung=rung, ranked=ranked, kept=max(1, len(ranked) // rule.reduction))
 
     # --- what was heard -------------------------------------------------------------------------------------
@@ -218,17 +218,22 @@ class Campaign:
         )
 
 
-def rank_arms(entries: Iterable[Entry], rung: int) -> list[str]:
-    """Arms with a living trial, best first by the mean loss of their seeds at `rung`.
+def rank_arms(entries: Iterable[Entry], rung: int, *, out: Container[str] = ()) -> list[str]:
+    """Arms that are in the comparison at `rung`, best first by the mean loss of their seeds there.
 
-    An arm that lost a seed to a failure stands behind all whole ones: a recipe that diverges now and then
-    must not win by its better seeds.
+    An arm that was trained to its end elsewhere is compared like the others, so what a store happens to hold
+    does not decide who else goes on. `out` are the arms that lost before. An arm that lost a seed to a
+    failure stands behind all whole ones: a recipe that diverges now and then must not win by better seeds.
     """
     arms: dict[str, list[Entry]] = {}
     for entry in entries:
         arms.setdefault(entry.arm, []).append(entry)
-    alive = {arm: trials for arm, trials in arms.items() if any(not trial.is_over for trial in trials)}
-    return sorted(alive, key=lambda arm: _score(alive[arm], rung))
+    there = {
+        arm: trials
+        for arm, trials in arms.items()
+        if arm not in out and any(trial.state != "failed" for trial in trials)
+    }
+    return sorted(there, key=lambda arm: _score(there[arm], rung))
 
 
 def _score(trials: Sequence[Entry], rung: int) -> tuple[int, float]:

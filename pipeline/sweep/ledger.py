@@ -80,6 +80,8 @@ class Book:
     """(key, tokens, val_loss), each point once."""
     judged: set[int] = field(default_factory=set)
     """Rungs at which the arms were compared."""
+    out: set[str] = field(default_factory=set)
+    """Arms that lost at one of them."""
     train_s: float = 0.0
     """Seconds of training that this sweep itself did."""
     wall_s: float = 0.0
@@ -157,12 +159,15 @@ class Book:
     def _retried(self, event: Mapping[str, Any], _at: float) -> None:
         entry = self.entries[event["key"]]
         entry.state, entry.reason, entry.crashes = "waiting", "", 0
+        self.out.discard(entry.arm)  # who asks for it again wants it compared again
 
     def _judged(self, event: Mapping[str, Any], _at: float) -> None:
         rung, ranked, kept = int(event["rung"]), list(event["ranked"]), int(event["kept"])
         self.judged.add(rung)
+        self.out.update(ranked[kept:])
         for entry in self.entries.values():
-            if not entry.is_over and (place := ranked.index(entry.arm) + 1) > kept:
+            if not entry.is_over and entry.arm in self.out:
+                place = ranked.index(entry.arm) + 1
                 entry.state = "stopped"
                 entry.reason = f"rung {rung:,} tokens: place {place} of {len(ranked)}, {kept} go on"
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.sweep import StopRule
@@ -250,7 +251,7 @@ class Ears(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial lost its process, or met a bug of ours."""
         key = trial.config["job"].key
-        reason, is_bug = reason_of(str(trial.get_error() or ""))
+        reason, is_bug = reason_of(_error_text(trial))
         if key in self._silent:
             self._silent.discard(key)
             reason = f"no sign of life for {self._silence_s:,.0f} s (sweep.silence_s)"
@@ -370,6 +371,12 @@ def run_jobs(
         raise ears.failure
 
 
+def _error_text(trial: Any) -> str:
+    """What Tune wrote down of the error; `Trial.get_error` looks where it is copied to later."""
+    path = Path(trial.error_file) if trial.error_file else None
+    return path.read_text() if path and path.is_file() else ""
+
+
 def reason_of(error: str) -> tuple[str, bool]:
     """Why a job was lost, in one line, from Tune's text; and whether it is an error that a retry repeats."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
@@ -377,4 +384,7 @@ def reason_of(error: str) -> tuple[str, bool]:
         return f"{lines[-1]} (a bug: please report it)", True
     if "low on memory" in error or "OutOfMemoryError" in error:
         return "its process was ended by Ray: the node ran out of memory", False
-    return "its process was lost: killed, or out of memory", False
+    if "died unexpectedly" in error:
+        return "its process was lost: killed, or out of memory", False
+    said = next((line for line in lines if not line.startswith("Failure #")), "Ray does not say why")
+    return f"its process was lost ({said})", False

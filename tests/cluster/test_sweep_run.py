@@ -164,14 +164,17 @@ def test_trials_on_two_workers_are_killed_and_stopped_and_give_all_back(ray_loca
     def kill_one() -> bool:
         if sum(event["event"] == "validated" for event in read_events(location)) < 6:
             return False
-        trial_processes()[0].kill()
-        return True
+        for process in trial_processes()[:1]:
+            process.kill()
+            return True
+        return False
 
     with meanwhile(kill_one) as killed:
         artifact = run_sweep(study, quiet=True)
     good, bad = trials(artifact).values()
     assert killed
-    assert sum(event["event"] == "crashed" for event in read_events(artifact.location)) == 1
+    reasons = [event["reason"] for event in read_events(artifact.location) if event["event"] == "crashed"]
+    assert reasons == ["its process was lost: killed, or out of memory"]
     assert (good["state"], bad["state"]) == ("finished", "stopped")
     assert 1024 <= bad["tokens"] < 60 * 128
     assert_all_given_back(ray_local)
@@ -180,13 +183,10 @@ def test_trials_on_two_workers_are_killed_and_stopped_and_give_all_back(ray_loca
     assert good["val_loss"] == pytest.approx(stages.run(plain).record.metrics["val_loss"], rel=1e-5)
 
 
-@pytest.mark.skip(
-    reason="of three arms two ran to the end where one should, cause not found: halving is unproven"
-)
 def test_halving_pauses_and_goes_on_and_ends_with_the_winner_of_the_full_runs(
     ray_local, sweep_lab, place, base
 ):
-    axes = {"train.lr": [1e-5, 1e-3, 1e-7]}
+    axes = {"train.lr": [1e-5, 2e-3, 1e-7]}  # none of which another test has trained
     stop = {"name": "halving", "grace_tokens": 1024, "reduction": 3}
     halved = trials(run_sweep(sweep_lab.write(place, origin=base, axes=axes, stop=stop), quiet=True))
     states = {row["name"]: (row["state"], row["tokens"]) for row in halved.values()}

@@ -142,6 +142,33 @@ def test_an_arm_that_lost_a_seed_stands_behind_whole_ones(tmp_path):
     assert campaign.is_complete
 
 
+@pytest.mark.parametrize("done_before", ["0-0", "1-0", "2-0"])
+def test_what_was_trained_before_does_not_decide_who_goes_on(tmp_path, done_before):
+    trials, world = specs(3, 1), World({"0-0": 2.0, "1-0": 1.0, "2-0": 3.0})
+    campaign = Campaign(SweepConfig(stop=HALVING), Ledger(Location(str(tmp_path))), trials, ray=RayConfig())
+    points = [0, 100, 300, 900, TOTAL]
+    rows = [{"tokens": point, "val_loss": world.loss(done_before, point)} for point in points]
+    campaign.note_validations(done_before, rows)
+    campaign.ended(done_before, Outcome(state="finished", tokens=TOTAL))
+    campaign = run(Location(str(tmp_path)), trials, world, SweepConfig(stop=HALVING))
+    finished = {e.key for e in campaign.book.entries.values() if e.state == "finished"}
+    assert finished == {"1-0", done_before}
+    assert campaign.book.out == {"arm0", "arm2"}
+
+
+def test_a_failed_trial_that_is_asked_for_again_is_compared_again(tmp_path):
+    trials, world = specs(3, 1), World({"0-0": 1.0, "1-0": 2.0, "2-0": 3.0}, frozenset({"0-0"}))
+    place, sweep = Location(str(tmp_path)), SweepConfig(stop=replace(HALVING, reduction=2))
+    steps = session(place, trials, world, sweep)
+    campaign = next(campaign for campaign in steps if campaign.book.judged == {100})
+    assert {e.key: e.state for e in campaign.book.entries.values()}["0-0"] == "failed"
+    again = Campaign(sweep, Ledger(place), trials, ray=RayConfig())
+    again.retry_failed()
+    world.broken = frozenset()
+    campaign = run(place, trials, world, sweep)
+    assert {e.key for e in campaign.book.entries.values() if e.state == "finished"} == {"0-0"}
+
+
 def test_nobody_is_judged_before_all_are_there(tmp_path):
     trials = specs(3, 1)
     campaign = Campaign(SweepConfig(stop=HALVING), Ledger(Location(str(tmp_path))), trials, ray=RayConfig())

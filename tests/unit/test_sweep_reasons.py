@@ -19,6 +19,10 @@ ray::Trial.train() (pid=1, ip=10.0.0.1)
   File "job.py", line 1, in perform
 ZeroDivisionError: ours"""
 
+PLACED = """Failure # 1 (occurred at 2026-01-01_00-00-00)
+The actor is not schedulable.
+	class_name: Trial"""
+
 
 @pytest.mark.parametrize(
     ("text", "reason", "is_bug"),
@@ -26,7 +30,8 @@ ZeroDivisionError: ours"""
         (KILLED, "its process was lost: killed, or out of memory", False),
         (MEMORY, "its process was ended by Ray: the node ran out of memory", False),
         (BUG, "ZeroDivisionError: ours (a bug: please report it)", True),
-        ("", "its process was lost: killed, or out of memory", False),
+        (PLACED, "its process was lost (The actor is not schedulable.)", False),
+        ("", "its process was lost (Ray does not say why)", False),
     ],
 )
 def test_reasons(text, reason, is_bug):

@@ -50,7 +50,7 @@ class SweepReport:
                 "p_adjusted": arm.p_adjusted,
                 "is_best": arm.is_best,
                 "fronts": arm.fronts,
-                "runs": [trial.run for trial in arm.trials if trial.run],
+                "runs": [trial.run for trial in arm.trials if trial.state == "finished"],
             }
             for arm in self.ranking.arms
         ]

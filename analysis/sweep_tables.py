@@ -38,14 +38,14 @@ def ranking_table(ranking: Ranking, *, layout: Layout = "full") -> Table:
 def _arm(arm: Arm, ranking: Ranking, titles: set[str], *, inline: bool) -> tuple[Cell, ...]:
     loss = arm.loss
     seeds = f"{len(arm.losses)}" if arm.is_whole else f"{len(arm.losses)} of {len(arm.trials)}"
-    addresses = " ".join(trial.run for trial in arm.trials if trial.run)
+    addresses = " ".join(trial.run for trial in arm.trials if trial.state == "finished")
     is_marked = ranking.tells_apart and arm.is_best
     cells = {
         "rank": Cell(str(arm.rank) if arm.rank else names.MISSING),
         "arm": Cell(arm.name),
         "loss": _number(loss, arm.interval, inline=inline, best=is_marked, address=addresses),
         "worse by": _number(arm.gap.estimate if arm.gap else None, arm.gap, inline=inline),
-        "p": Cell(probability(arm.p_adjusted)),
+        "p": Cell(names.probability(arm.p_adjusted)),
         "seeds": Cell(seeds),
         "parameters": Cell(names.count(arm.parameters or None)),
         "MACs/token": Cell(names.count(arm.macs_per_token or None)),
@@ -86,13 +86,6 @@ def _number(
     if inline:
         return Cell(f"{value:.4f} {around}".strip(), is_best=best, address=address)
     return Cell(f"{value:.4f}", around, best, address)
-
-
-def probability(value: float | None) -> str:
-    """A p-value as far as resampling knows it."""
-    if value is None:
-        return names.MISSING
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _notes(ranking: Ranking, titles: set[str]) -> tuple[str, ...]:
@@ -140,7 +133,7 @@ def effects_table(effects: Sequence[Effect]) -> Table:
                         level.loss, level.interval, inline=False, best=effect.tells_apart and level.is_best
                     ),
                     _number(gap.estimate if gap else None, gap, inline=False),
-                    Cell(probability(level.p_adjusted)),
+                    Cell(names.probability(level.p_adjusted)),
                     Cell(str(effect.blocks)),
                 )
             )

@@ -41,6 +41,8 @@ class Trial:
     """Why it stopped or failed, in one line."""
 
     run: str = ""
+    """Of a trial that was stopped, the address at which `krony train` goes on with its config."""
+
     init: str = ""
     model: str = ""
     scores: Mapping[str, str] = field(default_factory=dict)

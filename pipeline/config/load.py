@@ -6,6 +6,7 @@ strictly, flags included. Unknown keys and wrong types are one line with the pat
 Paths in a file are relative to it.
 """
 
+import copy
 import difflib
 import json
 import os
@@ -94,6 +95,7 @@ def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     variants = table.get("variants")
     for part in [table, *(variants if isinstance(variants, list) else [])]:
         _make_absolute(part, base=path.parent)
+    _make_axes_absolute(table, base=path.parent)
     parent = table.pop("extends", None)
     if parent is None:
         return table
@@ -173,6 +175,7 @@ def flag_table(flags: Sequence[str], *, base: Path) -> dict[str, Any]:
         else:
             inner[leaf] = found
     _make_absolute(table, base=base)
+    _make_axes_absolute(table, base=base)
     return table
 
 
@@ -250,6 +253,42 @@ def _make_absolute(table: dict[str, Any], *, base: Path) -> None:
         part = table.get(section)
         if isinstance(part, dict) and str(part.get(key, "")).startswith((".", "/", "~", "$")):
             _absolute(table, section, key, base=base)
+
+
+def _make_axes_absolute(table: dict[str, Any], *, base: Path) -> None:
+    """The same for what `[sweep]` lays over the config: every value of an axis, every table of `skip`."""
+    sweep = table.get("sweep")
+    if not isinstance(sweep, dict):
+        return
+    if isinstance(axes := sweep.get("axes"), dict):
+        sweep["axes"] = _laid_absolute(axes, "", base=base, are_lists=True)
+    if isinstance(skip := sweep.get("skip"), list):
+        sweep["skip"] = [
+            _laid_absolute(each, "", base=base) if isinstance(each, dict) else each for each in skip
+        ]
+
+
+def _laid_absolute(
+    values: Mapping[str, Any], prefix: str, *, base: Path, are_lists: bool = False
+) -> dict[str, Any]:
+    """Values by dotted path, or by nested tables, as if each stood in the config by itself."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found[key] = _laid_absolute(value, f"{path}.", base=base, are_lists=are_lists)
+        elif are_lists and isinstance(value, list):
+            found[key] = [_value_absolute(path, each, base=base) for each in value]
+        else:
+            found[key] = _value_absolute(path, value, base=base)
+    return found
+
+
+def _value_absolute(path: str, value: Any, *, base: Path) -> Any:
+    section, _, leaf = path.partition(".")
+    part = {section: {leaf: value} if leaf else copy.deepcopy(value)}
+    _make_absolute(part, base=base)
+    return part[section][leaf] if leaf else part[section]
 
 
 def _absolute(table: dict[str, Any], section: str, key: str, *, base: Path) -> None:

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.sweep import SAMPLED, SweepStudy
@@ -130,9 +131,25 @@ def _range(path: str, value: Mapping[str, Any], *, search: str, where: str) -> R
 
 
 def label_values(path: str, values: Sequence[Any]) -> list[str]:
-    """A short label for each value of one axis: its name, its shape, or `leaf=value`."""
-    tables = [each for each in values if isinstance(each, Mapping)]
-    return [_label(path, value, tables) for value in values]
+    """A short label for each value of one axis: its name, its shape, or `leaf=value`.
+
+    Of a file or folder its own name, unless another value has the same.
+    """
+    tables = [_without_folders(each) for each in values if isinstance(each, Mapping)]
+    short = [_label(path, _without_folders(value), tables) for value in values]
+    whole = [_label(path, value, [each for each in values if isinstance(each, Mapping)]) for value in values]
+    return [each if short.count(each) == 1 else full for each, full in zip(short, whole, strict=True)]
+
+
+def _without_folders(value: Any) -> Any:
+    """A value in which absolute paths are the name of what they lead to."""
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() and Path(value).name else value
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    return value
 
 
 def _label(path: str, value: Any, tables: Sequence[Mapping[str, Any]]) -> str:

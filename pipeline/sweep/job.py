@@ -71,6 +71,7 @@ class Outcome:
 
     init: str = ""
     run: str = ""
+    """Of one that was left: the address at which `krony train` goes on."""
     model: str = ""
     scores: Mapping[str, str] = field(default_factory=dict)
     parameters: int = 0
@@ -154,10 +155,14 @@ class Channel:
             self._changed.notify_all()
 
     def listen(self, timeout_s: float) -> Told:
-        """Let a waiting trial go on, then hear it until it waits again, ends, or `timeout_s` went by."""
+        """Let a trial go on that waits for an answer; hear it until it waits, ends, or `timeout_s` went by.
+
+        A trial that began to wait since the last call was not heard yet: it goes on waiting.
+        """
         with self._changed:
-            self._is_waiting = False
-            self._changed.notify_all()
+            if not self._rows:
+                self._is_waiting = False
+                self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_waiting or self._has_ended, timeout_s)
             told = Told(self._stage, tuple(self._rows), self._beats, self._group)
             self._rows = []
@@ -198,11 +203,11 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
     earlier = validations(work)
     for row in earlier:
         channel.row(row)
-    if earlier and _is_reached(job, int(earlier[-1]["tokens"])) and work.store.find(work.chain.run) is None:
-        return Outcome(state="paused", tokens=int(earlier[-1]["tokens"]))
     channel.enter("init")
     init = stages.init(work)
     channel.enter("train")
+    if earlier and _is_reached(job, int(earlier[-1]["tokens"])) and work.store.find(work.chain.run) is None:
+        return _left(work, init, "paused", train_s=0.0)
     if channel.why:
         return _left(work, init, ENDS[channel.why], train_s=0.0)
     began, waited = time.monotonic(), channel.waited_s
@@ -255,10 +260,12 @@ def found(work: Work, *, train_s: float = 0.0) -> Outcome | None:
 
 
 def _left(work: Work, init: Artifact, state: End, *, train_s: float) -> Outcome:
+    """The outcome of a trial that saved its state and left: its run is not published, but has its address."""
     rows = validations(work)
     return Outcome(
         state=state,
         init=init.record.address,
+        run=work.chain.run.address,
         parameters=int(init.record.metrics["parameters"]),
         macs_per_token=int(init.record.metrics["macs_per_token"]),
         tokens=int(rows[-1]["tokens"]) if rows else 0,

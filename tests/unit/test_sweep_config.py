@@ -160,3 +160,39 @@ def test_a_resolved_config_is_its_own_table():
 @pytest.mark.parametrize(("total", "rungs"), [(10, ()), (11, (10,)), (31, (10, 30)), (270, (10, 30, 90))])
 def test_rungs_are_powers_of_the_reduction_below_the_end(total: int, rungs: tuple[int, ...]):
     assert StopRule(grace_tokens=10, reduction=3).rungs(total) == rungs
+
+
+def test_places_in_axes_and_skips_are_relative_to_the_file_that_names_them(tmp_path):
+    for name in ("here", "below"):
+        (tmp_path / name).mkdir()
+    head = HEAD.replace("\nname", '\ncorpus = { name = "files", paths = ["z.txt"] }\nname')
+    (tmp_path / "below" / "base.toml").write_text(
+        f'{head}\n[sweep.axes]\n"teacher" = [{{ name = "hub", id = "../gpt" }}, "scratch"]\n'
+    )
+    path = tmp_path / "here" / "sweep.toml"
+    path.write_text(
+        'extends = "../below/base.toml"\n[sweep]\n[sweep.axes]\ncorpus.paths = [["a.txt"], ["b/*.txt"]]\n'
+        '[[sweep.skip]]\n"corpus.paths" = ["a.txt"]\n"tokenizer.path" = "t.json"\n'
+    )
+    study = load_sweep(path)
+    here = str(tmp_path / "here")
+    teachers = [{"name": "hub", "id": str(tmp_path / "gpt")}, "scratch"]
+    assert study.sweep.axes == {
+        "teacher": teachers,
+        "corpus.paths": [[f"{here}/a.txt"], [f"{here}/b/*.txt"]],
+    }
+    assert study.sweep.skip == ({"corpus.paths": [f"{here}/a.txt"], "tokenizer.path": f"{here}/t.json"},)
+    assert study.config({"corpus.paths": [f"{here}/a.txt"]}, 0).corpus == load_study_corpus(here)
+
+
+def load_study_corpus(folder: str):
+    path = Path(folder) / "plain.toml"
+    path.write_text('corpus = { name = "files", paths = ["a.txt"] }')
+    return load_study(path).first.corpus
+
+
+def test_places_on_the_command_line_are_relative_to_where_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = 'corpus = { name = "files", paths = ["z.txt"] }\n[sweep]\n'
+    study = sweep(tmp_path, text, "--sweep.axes.corpus.paths", '[["a.txt"], ["b.txt"]]')
+    assert study.sweep.axes == {"corpus.paths": [[str(tmp_path / "a.txt")], [str(tmp_path / "b.txt")]]}

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -109,7 +110,7 @@ def test_a_judged_trial_ends_at_the_step_that_was_judged(trial):
     assert losses(rows)[-1][0] == 512
     work = Work.on(config, quiet=True)
     assert work.store.find(work.chain.run) is None
-    assert outcome.run == ""
+    assert outcome.run == work.chain.run.address  # where `krony train` goes on
     assert outcome.init == work.chain.init.address
 
 
@@ -147,8 +148,25 @@ def test_a_stop_during_a_wait_lets_the_trial_go():
     )
     thread.start()
     assert len(channel.listen(10.0).rows) == 1  # waits for an answer
+    assert thread.is_alive()
     channel.ask_stop("rule")
     thread.join(10.0)
     assert not thread.is_alive()
     channel.ask_stop("shutdown")
     assert channel.why == "rule"
+
+
+def test_a_trial_that_waits_before_anyone_listens_is_heard_before_it_goes_on():
+    channel = Channel()
+    row = {"step": 1, "tokens": 8, "val_loss": 1.0}
+    thread = threading.Thread(target=lambda: channel.row(row, wait=True))
+    thread.start()
+    while not channel._is_waiting:
+        time.sleep(0.001)
+    assert channel.listen(10.0).rows == (row,)
+    thread.join(0.2)
+    assert thread.is_alive()  # nobody has judged the row yet
+    channel.leave()
+    assert channel.listen(10.0).rows == ()  # the answer
+    thread.join(10.0)
+    assert not thread.is_alive()

@@ -69,7 +69,7 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
 
 
 def _scores(paths: Sequence[tuple[Record, Lineage]]) -> list[dict[str, Any]]:
-    rows = [_row(record, lineage) for record, lineage in paths]
+    rows = [cell(record, lineage) for record, lineage in paths]
     subjects = {row["subject"]: row for row in rows}
     labels = [row["plain_label"] for row in subjects.values()]
     for key in ("config", "calibration"):
@@ -91,7 +91,8 @@ def _scores(paths: Sequence[tuple[Record, Lineage]]) -> list[dict[str, Any]]:
 
 def _as_arms(scores: pd.DataFrame, combined: pd.DataFrame) -> pd.DataFrame:
     """`scores` with the verdicts of their arms: whoever is best is so with all seeds."""
-    verdicts = ["group", "worse_by", "worse_by_low", "worse_by_high", "p_adjusted", "is_best"]
+    verdicts = ["group", "worse_by", "worse_by_low", "worse_by_high", "detectable", "test", "p_adjusted"]
+    verdicts += ["is_best"]
     by_cell = {address: row for row in combined.to_dict("records") for address in str(row["address"]).split()}
     rows = [
         {**row, **{key: by_cell[row["address"]][key] for key in verdicts}}
@@ -100,8 +101,8 @@ def _as_arms(scores: pd.DataFrame, combined: pd.DataFrame) -> pd.DataFrame:
     return checked(rows, SCORES)
 
 
-def _row(record: Record, lineage: Lineage) -> dict[str, Any]:
-    """One measured cell with all that its records say."""
+def cell(record: Record, lineage: Lineage) -> dict[str, Any]:
+    """One measured cell with all that its records say: a row of `scores` and what its label is made from."""
     measured = record.metrics
     protocol = str(measured.get("protocol", record.config.get("protocol", "?")))
     version = int(record.config.get("version", 1))

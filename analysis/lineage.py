@@ -7,7 +7,7 @@ a result is dirty when it was made from a work tree with changes that no commit 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import StoreError
@@ -80,7 +80,7 @@ class Graph:
         subject = self.records.get(scores.inputs["model"].address) if "model" in scores.inputs else None
         if subject is None:
             return None
-        path = list(self._ancestors(subject))
+        path = self.path(subject)
         drifted, missing = [], []
         for record in (scores, *path):
             for ref in record.inputs.values():
@@ -113,8 +113,11 @@ class Graph:
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:10]
 
-    def _ancestors(self, record: Record) -> Iterator[Record]:
+    def path(self, record: Record) -> tuple[Record, ...]:
         """The record and all it was made from, nearest first, each once."""
+        return tuple(self._ancestors(record))
+
+    def _ancestors(self, record: Record) -> Iterator[Record]:
         queue, seen = [record], {record.address}
         while queue:
             current = queue.pop(0)
@@ -133,5 +136,5 @@ def _begun(kind: str, addresses: list[str]) -> list[str]:
     return [f"{kind}: {len(addresses)} started, not finished: {', '.join(addresses[:3])}, …"]
 
 
-def _first(path: list[Record], kind: str) -> Record | None:
+def _first(path: Sequence[Record], kind: str) -> Record | None:
     return next((record for record in path if record.kind == kind), None)

@@ -111,3 +111,19 @@ def quantity(value: Any, metric: str) -> str:
     if metric == "accuracy":
         return share(value)
     return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def probability(value: float | None) -> str:
+    """A p-value as far as resampling knows it."""
+    if not is_number(value) or value is None:
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def gap(value: Any, metric: str) -> str:
+    """A difference with its sign: nats per token, or points of accuracy."""
+    if not is_number(value):
+        return MISSING
+    if metric == "accuracy":
+        return f"{100 * value:+.2f} pt"
+    return f"{value:+.4f}" if abs(value) < 0.1 else f"{value:+.3f}"

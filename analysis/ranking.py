@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.compare import ALPHA, Units, units_of
+from analysis.compare import ALPHA
+from analysis.differences import Units, units_of
 from analysis.stats import (
     RESAMPLES,
     Floats,
     Interval,
     holm,
-    interval,
+    over_units,
     pareto_front,
     resampled_means,
     seed_noise,
@@ -198,13 +199,15 @@ def _judged(arms: Sequence[Arm], units: Mapping[str, Units], *, resamples: int) 
         return []
     best, *others = arms
     draws: dict[str, Floats] = {}
+    count = 0
     if units:
         weights = next(iter(units.values()))[1]
+        count = len(weights)
         means = np.stack([values.mean(0) for values, _ in units.values()])
         rng = np.random.default_rng(20_412)
         draws = dict(zip(units, resampled_means(means, weights, rng=rng, resamples=resamples), strict=True))
     seeds = np.random.default_rng([20_412, 1])
-    gaps = [_gap(arm, best, draws, rng=seeds) for arm in others]
+    gaps = [_gap(arm, best, draws, units=count, rng=seeds) for arm in others]
     if any(gap is None for gap in gaps):
         return [replace(best, is_best=True), *others]
     known = [gap for gap in gaps if gap is not None]
@@ -218,7 +221,9 @@ def _judged(arms: Sequence[Arm], units: Mapping[str, Units], *, resamples: int) 
     ]
 
 
-def _gap(arm: Arm, best: Arm, draws: Mapping[str, Floats], *, rng: np.random.Generator) -> Interval | None:
+def _gap(
+    arm: Arm, best: Arm, draws: Mapping[str, Floats], *, units: int, rng: np.random.Generator
+) -> Interval | None:
     """How much worse an arm is than the best one."""
     assert arm.loss is not None
     assert best.loss is not None
@@ -226,7 +231,8 @@ def _gap(arm: Arm, best: Arm, draws: Mapping[str, Floats], *, rng: np.random.Gen
     noise = seed_noise([np.array(arm.losses), np.array(best.losses)], [1.0, -1.0])
     if not draws:
         return t_interval(estimate, noise)
-    return interval(estimate, noise.on(draws[arm.name] - draws[best.name], rng=rng))
+    found = over_units(estimate, draws[arm.name] - draws[best.name], noise, units=units, rng=rng)
+    return found[0] if found else None
 
 
 def _with_fronts(arms: Sequence[Arm]) -> list[Arm]:

@@ -49,6 +49,8 @@ SCORES: Mapping[str, str] = {
     "worse_by": "float",
     "worse_by_low": "float",
     "worse_by_high": "float",
+    "detectable": "float",
+    "test": "str",
     "p_adjusted": "float",
     "is_best": "bool",
     "subject": "str",

@@ -14,7 +14,7 @@ from analysis.page import Figure, render
 from analysis.ranking import VALIDATION, Arm, Ranking
 from analysis.sweep_plots import effects as draw_effects
 from analysis.sweep_plots import pareto, rungs, scatter
-from analysis.sweep_tables import effects_table, endings_table, probability, ranking_table
+from analysis.sweep_tables import effects_table, endings_table, ranking_table
 from analysis.sweeps import Sweep, Trial
 
 
@@ -198,7 +198,7 @@ def _effect(effect: Effect) -> str:
     half = (second.gap.high - second.gap.low) / 2
     return (
         f"{effect.axis}: {best.text} is best over {over}, {second.text} worse by {gap} ± {half:.4f} "
-        f"(p {probability(second.p_adjusted)})."
+        f"(p {names.probability(second.p_adjusted)})."
     )
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -56,23 +57,39 @@ def modules(store: Store, graph: Graph, table: pd.DataFrame, problems: list[str]
     firsts = {label: address for address, label in reversed(_labels(table, "init").items())}
     for label, address in reversed(firsts.items()):
         record = graph.records[address]
-        if REPORT not in record.files:
-            continue
         try:
-            report = json.loads(_payload(store, record).read_bytes(REPORT))
+            errors = matrix_errors(store, record)
         except (OSError, ValueError) as err:
             problems.append(f"{address}/{REPORT}: cannot be read ({err})")
             continue
-        for entry in report:
-            match = _SITE.fullmatch(str(entry.get("name", "")))
-            if match:
-                place = {"layer": int(match[1]), "matrix": match[2]}
-                rows.append({"init": address, "label": label, "error": _relative_error(entry), **place})
+        rows += [{"init": address, "label": label, **asdict(each)} for each in errors]
     return checked(rows, MODULES)
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixError:
+    """How well one replaced matrix was met before training."""
+
+    layer: int
+    matrix: str
+    error: float | None
+    """||W - K|| / ||W|| in the metric of the method; None where its report does not say."""
+
+
+def matrix_errors(store: Store, init: Record) -> list[MatrixError]:
+    """Of an init, by layer; raises OSError or ValueError for a report that cannot be read."""
+    if REPORT not in init.files:
+        return []
+    entries = json.loads(_payload(store, init).read_bytes(REPORT))
+    sites = [(_SITE.fullmatch(str(entry.get("name", ""))), entry) for entry in entries]
+    return [
+        MatrixError(int(site[1]), site[2], _relative_error(entry))
+        for site, entry in sites
+        if site is not None
+    ]
+
+
 def _relative_error(entry: Mapping[str, Any]) -> float | None:
-    """||W - K|| / ||W|| in the metric of the method; None where the report does not say."""
     energy, error = entry.get("energy"), entry.get("achieved_error")
     return (max(error, 0.0) / energy) ** 0.5 if energy and error is not None else None
 

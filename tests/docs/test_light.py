@@ -45,7 +45,7 @@ def test_what_the_light_commands_import_is_light(python, module: str):
 
 
 def test_tables_need_no_torch_and_no_ray(python):
-    modules = ["frames", "baselines", "stats", "tables", "plots", "page"]
+    modules = ["frames", "baselines", "stats", "tables", "plots", "page", "versus_text"]
     done = python("-c", "\n".join(f"import analysis.{name}" for name in modules) + "\n" + LOADED)
     assert done.returncode == 0, done.stderr
     assert not {"torch", "ray", "mlflow", "transformers", "datasets"} & set(json.loads(done.stdout))

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from analysis.stats import (
     Interval,
+    Noise,
     holm,
     interval,
     mcnemar,
     minimum_detectable,
+    over_units,
     pareto_front,
     resampled_means,
     seed_noise,
@@ -124,6 +126,40 @@ def test_the_noise_of_a_difference_is_welchs():
 @given(st.floats(0.0, 300.0), st.floats(1.0, 1e5))
 def test_students_distribution_is_scipys(x, freedom):
     assert t_cdf(x, freedom) == pytest.approx(scipy.stats.t.cdf(x, freedom), abs=1e-7)
+
+
+@pytest.mark.parametrize("units", [5, 200])
+def test_few_units_cover_as_often_as_they_say(units):
+    source, hit, smallest = rng(), 0, []
+    for _ in range(400):
+        gaps = source.normal(0, 1, units)
+        draws = resampled_means(gaps[None], np.ones(units), rng=source, resamples=300)[0]
+        found, detects = over_units(float(gaps.mean()), draws, Noise(), units=units, rng=source)
+        hit += found.low <= 0 <= found.high
+        smallest.append(detects)
+    assert 0.91 <= hit / 400 <= 0.985  # the bootstrap alone covers 0.83 with five
+    power = scipy.stats.t if units < 30 else scipy.stats.norm
+    args = (units - 1,) if units < 30 else ()
+    expected = (power.ppf(0.975, *args) + power.ppf(0.8, *args)) / math.sqrt(units)
+    assert np.mean(smallest) == pytest.approx(expected, rel=0.1)
+
+
+def test_one_unit_says_nothing():
+    assert over_units(0.1, np.full(50, 0.1), Noise(), units=1, rng=rng()) is None
+
+
+def test_units_and_seeds_make_one_error_of_few_degrees_of_freedom():
+    source = rng()
+    draws = source.normal(0.5, 0.1, 4000)
+    found, detects = over_units(0.5, draws, Noise(0.2, 4.0), units=9, rng=source)
+    text = draws.std() * math.sqrt(9 / 8)
+    error = math.hypot(text, 0.2)
+    freedom = error**4 / (text**4 / 8 + 0.2**4 / 4)
+    assert found.high - 0.5 == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * error)
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(0.5 / error, freedom))
+    assert detects == pytest.approx(
+        (scipy.stats.t.ppf(0.975, freedom) + scipy.stats.t.ppf(0.8, freedom)) * error
+    )
 
 
 def test_seeds_that_agree_leave_the_interval_of_the_units():

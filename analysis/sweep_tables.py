@@ -38,7 +38,7 @@ def ranking_table(ranking: Ranking, *, layout: Layout = "full") -> Table:
 def _arm(arm: Arm, ranking: Ranking, titles: set[str], *, inline: bool) -> tuple[Cell, ...]:
     loss = arm.loss
     seeds = f"{len(arm.losses)}" if arm.is_whole else f"{len(arm.losses)} of {len(arm.trials)}"
-    addresses = " ".join(trial.run for trial in arm.trials if trial.run)
+    addresses = " ".join(trial.run for trial in arm.trials if trial.state == "finished")
     is_marked = ranking.tells_apart and arm.is_best
     cells = {
         "rank": Cell(str(arm.rank) if arm.rank else names.MISSING),

@@ -73,6 +73,22 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    """Slow NumPy references for the algebra, no part of the project; skipped where there are none."""
+    shared = Path(os.environ.get("KRONY_SHARED", str(PROJECT.parent / "shared")))
+    file = shared / "oracles" / "kron_oracles.py"
+    if not file.is_file():
+        pytest.skip("no references: set KRONY_SHARED to a folder that holds oracles/kron_oracles.py")
+    spec = importlib.util.spec_from_file_location("kron_oracles", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kron_oracles"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def free_port() -> int:
     """A TCP port of loopback that nobody listens on just now."""

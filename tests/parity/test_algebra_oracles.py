@@ -4,15 +4,13 @@ Factors are unique only up to gauge, sign and rotation, so products and losses a
 The references are looked for in KRONY_SHARED, or in `shared` beside the project, and are no part of it.
 """
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
-from types import ModuleType
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.algebra import (
     activation,
@@ -30,24 +28,18 @@ from model.algebra import (
 )
 from model.algebra.alternate import Solver
 from model.algebra.shapes import KronShape, legal_shapes
+from model.compress.budget import Budget
+from model.compress.kron_recipe import KronVL
+from model.compress.low_rank_recipe import SVD
+from model.compress.methods import make_method
+from model.compress.structural_recipe import LayerDrop, ModeGPT, PruneMLP
+from model.config import SIZES, ModelSpec
 
-PROJECT = Path(__file__).resolve().parents[2]
 SHAPE = KronShape(6, 9, 4, 4)
 
-
-@pytest.fixture(scope="module")
-def oracle() -> ModuleType:
-    shared = Path(os.environ.get("KRONY_SHARED", str(PROJECT.parent / "shared")))
-    file = shared / "oracles" / "kron_oracles.py"
-    if not file.is_file():
-        pytest.skip("no references: set KRONY_SHARED to a folder that holds oracles/kron_oracles.py")
-    spec = importlib.util.spec_from_file_location("kron_oracles", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kron_oracles"] = module
-    spec.loader.exec_module(module)
-    return module
+few = settings(max_examples=15, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**32 - 1)
+small_shapes = st.builds(KronShape, *[st.integers(1, 5)] * 4)
 
 
 @pytest.fixture
@@ -91,6 +83,46 @@ def test_products_gauge_signs_and_scales(oracle, rng):
     for ours, theirs in zip(gauge.canonical_signs(a, b), oracle.canonical_signs(left, right), strict=True):
         close(ours, theirs)
     close(gauge.best_scales(tensor(weight), a, b), oracle.ls_scales(weight, left, right))
+
+
+@few
+@given(small_shapes, seeds, st.data())
+def test_sums_of_any_shape_and_number_of_terms(oracle, shape, seed, data):
+    """Nearest sum, tail, rank bound, scales and gauges, for whatever sides and terms there are."""
+    terms = data.draw(st.integers(1, shape.max_terms))
+    weight, theirs = (
+        np.random.default_rng(seed).normal(size=(shape.rows, shape.cols)),
+        oracle.KronShape(*astuple(shape)),
+    )
+    for name in ("rms", "sqrt"):
+        left, right, sigma = oracle.van_loan(weight, theirs, terms, name)
+        fit = kron.nearest_kron(tensor(weight), shape, terms=terms, gauge=name)
+        tail = (sigma[terms:] ** 2).sum()
+        assert float((tensor(weight) - fit.dense()).square().sum()) == pytest.approx(
+            tail, rel=1e-8, abs=1e-18
+        )
+        if terms == len(sigma) or sigma[terms - 1] > 1.01 * sigma[terms]:  # else there are several optima
+            close(fit.dense(), oracle.kron_sum(left, right), rtol=1e-6)
+    rank = int(torch.linalg.matrix_rank(fit.dense()))
+    assert rank <= oracle.kron_rank_bound(theirs, terms) == shape.rank_bound(terms)
+    noise = np.random.default_rng(seed + 1)
+    a, b = noise.normal(size=(terms, *theirs[:2])), noise.normal(size=(terms, *theirs[2:]))
+    ours, scales = gauge.best_scales(tensor(weight), tensor(a), tensor(b)), oracle.ls_scales(weight, a, b)
+    scaled = kron.kron_sum(ours[:, None, None] * tensor(a), tensor(b))
+    close(scaled, oracle.kron_sum(scales[:, None, None] * a, b), rtol=1e-5)
+
+
+@few
+@given(small_shapes, seeds, st.data())
+def test_the_pruning_start_of_any_shape_and_offset(oracle, shape, seed, data):
+    offset = data.draw(st.integers(0, shape.m2 - 1)), data.draw(st.integers(0, shape.n2 - 1))
+    weight = np.random.default_rng(seed).normal(size=(shape.rows, shape.cols))
+    left, right = strided.strided_kron(tensor(weight), shape, offset=offset)
+    theirs = oracle.kron_sum(*oracle.prune_init(weight, oracle.KronShape(*astuple(shape)), *offset))
+    assert np.array_equal(kron.kron_sum(left, right).numpy(), theirs)
+    dropped = ((weight - theirs) ** 2).sum()
+    kept = float(strided.strided_energy(tensor(weight), shape)[offset])
+    assert (weight**2).sum() - kept == pytest.approx(dropped, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("terms", [1, 3, 16])
@@ -240,6 +272,59 @@ def test_metrics_and_low_rank(oracle, rng):
         close(ours.abs(), np.abs(theirs))
 
 
+@few
+@given(st.integers(2, 9), st.integers(1, 9), seeds, st.data())
+def test_the_optimum_in_a_metric_of_any_size_and_rank(oracle, rows, cols, seed, data):
+    """By eigenvalue root, by Cholesky root and by projection it is one matrix; its loss is the tail."""
+    generator = np.random.default_rng(seed)
+    weight, x = generator.normal(size=(rows, cols)), generator.normal(size=(40, rows))
+    gram = x.T @ x / 40
+    rank = data.draw(st.integers(1, min(rows, cols)))
+    first, second, sigma = oracle.metric_svd(weight, rank, gram)
+    fit = low_rank.low_rank(tensor(weight), rank=rank, input_metric=tensor(gram))
+    tail = (sigma[rank:] ** 2).sum()
+    assert fit.loss == pytest.approx(tail, rel=1e-7, abs=1e-14 * fit.energy)
+    assert oracle.two_sided_loss(weight, fit.dense().numpy(), gram, np.eye(cols)) == pytest.approx(
+        tail, rel=1e-6, abs=1e-12 * fit.energy
+    )
+    if rank == len(sigma) or sigma[rank - 1] > 1.01 * sigma[rank]:
+        for left, right in (
+            (first, second),
+            oracle.cholesky_svd(weight, rank, gram),
+            oracle.projection_svd(weight, rank, gram),
+        ):
+            close(fit.dense(), left @ right, rtol=1e-5)
+
+
+@few
+@given(st.integers(3, 9), st.integers(1, 9), seeds, st.data())
+def test_the_null_direction_of_a_layer_norm_and_a_singular_output_metric(oracle, rows, cols, seed, data):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(60, rows))
+    x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) * generator.uniform(0.3, 2, rows)
+    cov = oracle.centred(x.T @ x / 60, x.mean(0))
+    half = generator.normal(size=(cols, max(1, cols - 1)))
+    weight, rank = generator.normal(size=(rows, cols)), data.draw(st.integers(1, min(rows, cols)))
+    for out in (None, half @ half.T):
+        fit = low_rank.low_rank(
+            tensor(weight),
+            rank=rank,
+            input_metric=tensor(cov),
+            output_metric=None if out is None else tensor(out),
+        )
+        sigma = oracle.metric_svd(weight, rank, cov, out)[2]
+        assert bool(torch.isfinite(fit.first).all() & torch.isfinite(fit.second).all())
+        assert fit.loss == pytest.approx((sigma[rank:] ** 2).sum(), rel=1e-6, abs=1e-10 * fit.energy)
+        theirs = oracle.two_sided_loss(weight, fit.dense().numpy(), cov, np.eye(cols) if out is None else out)
+        assert theirs == pytest.approx(fit.loss, rel=1e-6, abs=1e-9 * fit.energy)
+        if out is None:
+            assert float(fit.dense().norm()) <= np.linalg.norm(weight) * (1 + 1e-9)
+            left, right = oracle.projection_svd(weight, rank, cov)
+            values = oracle.psd_sqrt(cov) @ (fit.dense().numpy() - left @ right)
+            if sigma[rank - 1] > 1.01 * np.append(sigma, 0)[rank]:  # what the tokens can see of them is one
+                np.testing.assert_allclose(values, 0, atol=1e-6 * max(1.0, float(sigma[0])))
+
+
 def test_nystrom(oracle, rng):
     hidden = oracle.gelu_new(rng.normal(size=(400, 24)) @ rng.normal(size=(24, 24)) / 4)
     gram, mean, down, old = (
@@ -268,6 +353,27 @@ def test_nystrom(oracle, rng):
         close(one, other, rtol=1e-6)
 
 
+@few
+@given(st.integers(2, 12), seeds, st.data())
+def test_a_refit_with_its_bias_leaves_the_centred_schur_trace(oracle, hidden, seed, data):
+    generator, count = np.random.default_rng(seed), data.draw(st.integers(1, hidden - 1))
+    units = oracle.gelu_new(generator.normal(size=(80, hidden)) + generator.normal(size=hidden))
+    down, old = generator.normal(size=(hidden, 5)), generator.normal(size=5)
+    gram, mean = units.T @ units / 80, units.mean(0)
+    keep = np.sort(generator.permutation(hidden)[:count])
+
+    def measured(new, bias):
+        return ((units @ down + old - units[:, keep] @ new - bias) ** 2).sum() / 80
+
+    both = nystrom.refit_with_bias(tensor(gram), tensor(mean), tensor(keep), tensor(down), tensor(old))
+    corrected = measured(*(part.numpy() for part in both))
+    centred = oracle.nystrom_loss(oracle.centred(gram, mean), keep, down)
+    assert corrected == pytest.approx(centred, rel=1e-6, abs=1e-10)
+    refit = nystrom.refit(tensor(gram), tensor(keep), tensor(down)).numpy()
+    assert measured(refit, old) == pytest.approx(oracle.nystrom_loss(gram, keep, down), rel=1e-6, abs=1e-10)
+    assert corrected <= measured(refit, old) * (1 + 1e-9)
+
+
 def test_attention(oracle, rng):
     x = rng.normal(size=(50, 12)) @ rng.normal(size=(12, 12)) + rng.normal(size=12)
     gram, mean = x.T @ x / 50, x.mean(0)
@@ -291,7 +397,15 @@ def test_attention(oracle, rng):
         close(ours.query @ ours.key.mT, query @ key.T, rtol=1e-6)
         close(ours.query_bias @ ours.key.mT, query_bias @ key.T, rtol=1e-6)
         close(ours.sigma, sigma[:5], rtol=1e-6)
+        gram_of_keys = attention.head_metric(tensor(wk), cov).numpy()
+        small = oracle.joint_qk_small(wq, bq, wk, gram_q.numpy(), gram_of_keys, rank)
+        close(ours.query @ ours.key.mT, small[0] @ small[2].T, rtol=1e-6)
+        found = (part.numpy() for part in (ours.query, ours.query_bias, ours.key))
+        loss = oracle.qk_loss(wq, bq, wk, *found, gram, mean)
+        assert loss == pytest.approx((sigma[rank:] ** 2).sum(), rel=1e-6, abs=1e-12 * sigma[0] ** 2)
         value, output, sigma = oracle.vo_svd(wv, wo, gram, rank)
+        for staged in (oracle.vo_svd_two_stage(wv, wo, gram, rank), oracle.vo_svd_small(wv, wo, gram, rank)):
+            close(tensor(staged[0] @ staged[1]), value @ output, rtol=1e-6)
         for form in (attention.value_output, attention.value_output_two_stage):
             pair = form(tensor(wv), tensor(wo), tensor(gram), rank=rank)
             close(pair.value @ pair.output, value @ output, rtol=1e-6)
@@ -306,3 +420,44 @@ def test_allocation(oracle, rng):
             np.testing.assert_allclose(ours, oracle.allocate_sparsity(scores, average, eps))
     for keep in range(2, 13):
         assert list(allocation.even_layers(keep)) == oracle.even_layers(keep)
+    x = rng.normal(size=(7, 5))
+    assert 1 - float(torch.cosine_similarity(tensor(x), tensor(2 * x), dim=-1).mean()) == pytest.approx(
+        oracle.block_influence(x, 2 * x), abs=1e-12
+    )
+
+
+SMALL = ModelSpec.dense(SIZES["gpt2"])
+
+
+@few
+@given(st.data())
+def test_sizes_of_gpt2_small_in_every_structure(oracle, data):
+    """Counts of specs, which built models have by assertion, against formulas written for the table."""
+    shape = data.draw(st.sampled_from(legal_shapes(768, 3072)))
+    terms, scales = data.draw(st.integers(1, min(20, shape.max_terms))), data.draw(st.booleans())
+    recipe = KronVL(shape=(shape.m1, shape.n1), terms=terms, scales=scales)
+    assert count(recipe) == oracle.count_kron(oracle.KronShape(*astuple(shape)), terms, scales)
+    rank = data.draw(st.integers(1, 383))
+    assert count(SVD(rank=rank)) == oracle.count_svd_mlp(rank)
+    assert count(SVD(rank=rank, targets="all_linear")) == oracle.count_svd_all(rank, rank, rank)
+    width, head = data.draw(st.integers(1, 3072)), data.draw(st.integers(1, 64))
+    assert count(ModeGPT(hidden=width, head_rank=head)) == oracle.count_modegpt(width, head, head)
+    assert count(PruneMLP(hidden=width)) == count(ModeGPT(hidden=width, targets="mlp"))
+    assert count(PruneMLP(hidden=width)) == oracle.count_prune_mlp(width)
+    layers = data.draw(st.integers(2, 12))
+    assert count(LayerDrop(layers=layers)) == oracle.count_layerdrop(layers)
+
+
+@few
+@given(cap=st.integers(68_000_000, 124_000_000))
+def test_even_ranks_and_widths_under_any_cap(oracle, cap):
+    budget = Budget(params=cap, tolerance=0.02)
+    block = make_method(SVD(targets="all_linear")).plan(SMALL, budget).spec.blocks[0]
+    ranks = block.mlp_c_fc.rank, block.attn_c_attn.rank, block.attn_c_proj.rank
+    assert ranks == oracle.uniform_svd_ranks(cap)
+    block = make_method(ModeGPT()).plan(SMALL, budget).spec.blocks[0]
+    assert (block.mlp_hidden, block.head_qk) == oracle.uniform_modegpt(cap)
+
+
+def count(recipe) -> int:
+    return make_method(recipe).plan(SMALL, Budget()).num_parameters

@@ -4,20 +4,21 @@
                                  └───────────┴─ stats ─┘
 
 Statistics are there for methods that need any, and belong to what is needed, not to the method: methods with
-equal needs share them. An address is a pure function of the config and of what the outside world says about
+equal needs share them. An init whose recipe is a later stage of another starts from that one's run as well.
+An address is a pure function of the config and of what the outside world says about
 a source (package versions, file digests). Nothing heavy is loaded, so `krony status` and `--plan` answer at
 once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from model.compress.recipe import SEEDED_METHODS
+from model.compress.recipe import SEEDED_METHODS, recipe_before
 from model.config import ModelError
 from pipeline.compress.outlook import dense_spec
 from pipeline.config.identity import identity_fields
-from pipeline.config.schema import HubTeacher, RunConfig, ScratchTeacher
+from pipeline.config.schema import BudgetConfig, HubTeacher, RunConfig, ScratchTeacher
 from pipeline.config.sources import BpeTokenizer, Corpus
 from pipeline.data.corpora import source_of
 from pipeline.errors import ConfigError
@@ -58,12 +59,18 @@ class Chain:
     """Of the compressed model, by protocol id."""
     teacher_scores: Mapping[str, Identity]
     """Of the dense teacher, by protocol id."""
+    before: "Chain | None" = None
+    """Of the stage whose run the init starts from; None where it starts from the teacher."""
 
     def identities(self) -> list[Identity]:
         """All of them, in the order in which they are built."""
         shared = [self.corpus, self.tokenizer, self.tokens, self.teacher, *self.teacher_scores.values()]
-        stats = [self.stats] if self.stats else []
-        return [*shared, *stats, self.init, self.run, self.model, *self.scores.values()]
+        return [*shared, *self.runs(), self.model, *self.scores.values()]
+
+    def runs(self) -> list[Identity]:
+        """The init and the run, behind those of the stages before."""
+        before = self.before.runs() if self.before else []
+        return [*before, *([self.stats] if self.stats else []), self.init, self.run]
 
 
 class Chains:
@@ -92,6 +99,24 @@ def chain(config: RunConfig) -> Chain:
     return Chains().of(config)
 
 
+def earlier(config: RunConfig) -> RunConfig | None:
+    """The config of the stage whose recovered model `config` starts from; None: it starts from the teacher.
+
+    It is the same but for its method, has no budget of its own, and is trained as `train` says, like each
+    stage.
+    """
+    method = recipe_before(config.method)
+    if method is None:
+        return None
+    return replace(config, method=method, budget=BudgetConfig(), name=f"{config.name}-before")
+
+
+def train_tokens(config: RunConfig) -> int:
+    """Tokens of recovery training up to the model that `config` asks for, earlier stages included."""
+    before = earlier(config)
+    return config.train.max_steps * config.train.batch_tokens + (train_tokens(before) if before else 0)
+
+
 def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> Chain:
     tokenizer = _tokenizer(config, corpus)
     tokens = Identity(
@@ -103,7 +128,9 @@ def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> C
     )
     teacher = published or _teacher(config, tokens)
     stats = _stats(config, teacher, tokens)
-    init = _init(config, teacher, stats)
+    earlier_stage = earlier(config)
+    before = _chain(earlier_stage, corpus, published) if earlier_stage else None
+    init = _init(config, teacher, stats, before)
     run = Identity(
         "run",
         f"{init.name}-s{config.seed}",
@@ -123,6 +150,7 @@ def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> C
         model,
         scores={p.id: scores_identity(p, model, tokens) for p in protocols(config)},
         teacher_scores={p.id: scores_identity(p, teacher, tokens) for p in protocols(config)},
+        before=before,
     )
 
 
@@ -203,11 +231,12 @@ def _stats(config: RunConfig, teacher: Identity, tokens: Identity) -> Identity |
     return Identity("stats", "-".join(needs), {"needs": needs, **fields}, inputs, VERSIONS["stats"])
 
 
-def _init(config: RunConfig, teacher: Identity, stats: Identity | None) -> Identity:
+def _init(config: RunConfig, teacher: Identity, stats: Identity | None, before: Chain | None) -> Identity:
     fields = {"method": identity_fields(config.method), "budget": identity_fields(config.budget)}
     if config.method.name in SEEDED_METHODS:
         fields["seed"] = config.seed
     if config.method.version > 1:
         fields["version"] = config.method.version
     inputs = {"teacher": teacher} | ({"stats": stats} if stats else {})
+    inputs |= {"before": before.run} if before else {}
     return Identity("init", config.method.name, fields, inputs, VERSIONS["init"])

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.chain import chain
+from pipeline.chain import chain, train_tokens
 from pipeline.compress.outlook import outlook
 from pipeline.config.load import Study, to_json
 from pipeline.config.schema import RunConfig
@@ -43,11 +43,11 @@ def describe(study: Study, *, as_json: bool = False) -> str:
         f"{'variant':<28}{'method':<14}{'parameters':>13}{'share':>8}{'MACs/token':>13}{'tokens':>14}"
     )
     for row, config in zip(variants, study.configs, strict=True):
-        tokens = config.train.max_steps * config.train.batch_tokens
         size = f"{'' if row['exact'] else '≤ '}{row['parameters']:,}"
         macs = f"{row['macs_per_token']:,}" if row["exact"] else "–"
         lines.append(
-            f"{config.name:<28}{config.method.name:<14}{size:>13}{row['share']:>8.1%}{macs:>13}{tokens:>14,}"
+            f"{config.name:<28}{config.method.name:<14}{size:>13}{row['share']:>8.1%}{macs:>13}"
+            f"{train_tokens(config):>14,}"
         )
     lines += ["", *(f"{row['state']:<11}{row['address']:<58}{row['note']}".rstrip() for row in states)]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ build each kind. A stage that is done loads nothing: no Ray, no torch.
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.chain import protocols
+from pipeline.chain import earlier, protocols
 from pipeline.config.schema import HubTeacher
 from pipeline.evaluate.protocols import Protocol
 from pipeline.store.artifacts import Artifact
@@ -106,17 +106,22 @@ def stats(work: Work) -> Artifact | None:
 
 
 def init(work: Work) -> Artifact:
-    """The compressed model before training, with the report of every replaced matrix."""
+    """The compressed model before training, with the report of every replaced matrix.
+
+    A later stage of a method is made from the run of the stage before, which is trained first.
+    """
 
     def build() -> Artifact:
         from pipeline.compress.build import build_init
 
+        before = earlier(work.config)
         return build_init(
             work.config,
             work.chain.init,
             teacher(work),
             work.store,
             stats=stats(work),
+            before=run(work.variant(before)) if before else None,
             force=work.forces("init"),
         )
 

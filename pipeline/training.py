@@ -42,6 +42,8 @@ class _Training:
     tags: dict[str, Scalar]
     teacher: Location | None = None
     driver: Driver | None = None
+    before: tuple[int, int] = (0, 0)
+    """Steps and tokens of the stages before, which the run's own come on top of."""
 
 
 def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) -> Artifact:
@@ -58,9 +60,22 @@ def train_student(work: Work, init: Artifact, tokens: Artifact, *, force: bool) 
         tags["krony.teacher"] = work.chain.teacher.address
     with work.store.attempt(work.chain.run, resume=True, force=force) as attempt:
         training = _Training(
-            "train", config.train, config.seed, init.location, config.name, tags, teacher, work.driver
+            "train",
+            config.train,
+            config.seed,
+            init.location,
+            config.name,
+            tags,
+            teacher,
+            work.driver,
+            before=_earlier_stages(init),
         )
         return _train(work, attempt, tokens, training)
+
+
+def _earlier_stages(init: Artifact) -> tuple[int, int]:
+    steps, tokens = (int(init.record.metrics.get(f"{key}_before", 0)) for key in ("steps", "tokens"))
+    return steps, tokens
 
 
 def train_teacher(work: Work, tokens: Artifact, tokenizer: Artifact, *, force: bool) -> Artifact:
@@ -130,7 +145,8 @@ def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) 
             f"{attempt.identity.address}: stopped at step {result.step:,}/{training.settings.max_steps:,}, "
             "state saved; the same command goes on from there"
         )
-    metrics = {**sizes(attempt.location), **result.metrics, "steps": result.step, "tokens": result.tokens}
+    steps, tokens_seen = training.before[0] + result.step, training.before[1] + result.tokens
+    metrics = {**sizes(attempt.location), **result.metrics, "steps": steps, "tokens": tokens_seen}
     settings = {"session_s": round(time.monotonic() - began, 1), "workers": work.config.ray.workers}
     artifact = attempt.publish(metrics=metrics, settings=settings | {"name": training.name})
     tracker.metrics(metrics, step=result.step)  # sizes among them: what the plots of MLflow can use

@@ -62,6 +62,7 @@ def halved_columns(
     weight: Tensor,
     *,
     times: int,
+    groups: Tensor | None = None,
     random_starts: int = 3,
     seed: int = 0,
     max_sweeps: int = 20,
@@ -71,24 +72,28 @@ def halved_columns(
     """W[:, order] as (m x n/2^times)(1 x 2^times), the order found by halving the inner table repeatedly.
 
     W[:, p] ~ E (x) (1 x 2), then E[:, p'] ~ E' (x) (1 x 2), and so on (TQCompressor's embedding). At the end
-    the exact best product in the composed order is taken, which is never worse than the nested one.
+    the exact best product in the composed order is taken, which is never worse than the nested one. `groups`
+    (n/w, w) are columns of a W that is such a product already: they stay together, the product is halved.
     """
-    cols = weight.shape[1]
-    if times < 1 or cols % 2**times:
-        raise ModelError(f"{cols} columns cannot be halved {times} times")
-    table, order = weight.detach().double(), torch.arange(cols, device=weight.device)[:, None]
+    matrix = weight.detach().double()
+    order = torch.arange(matrix.shape[1], device=weight.device)[:, None] if groups is None else groups
+    rows, (inner, wide) = matrix.shape[0], order.shape
+    if times < 1 or inner % 2**times:
+        raise ModelError(f"{inner} columns cannot be halved {times} times")
+    outer = KronShape(rows, inner, 1, wide)
+    table = matrix if wide == 1 else nearest_kron(matrix[:, order.reshape(-1)], outer, terms=1).left[0]
     searches: list[Convergence] = []
     for _ in range(times):
-        groups = table.shape[1] // 2
+        half = table.shape[1] // 2
         found, how = column_order(
-            table, groups, random_starts=random_starts, seed=seed, max_sweeps=max_sweeps, rtol=rtol
+            table, half, random_starts=random_starts, seed=seed, max_sweeps=max_sweeps, rtol=rtol
         )
         searches.append(how)
         # column j of the table stands for the columns order[j] of W; two of them become one
-        order = order[found].reshape(groups, -1)
-        shape = KronShape(table.shape[0], groups, 1, 2)
+        order = order[found].reshape(half, -1)
+        shape = KronShape(rows, half, 1, 2)
         table = nearest_kron(table[:, found], shape, terms=1).left[0]
     places = order.reshape(-1)
-    shape = KronShape(weight.shape[0], cols // 2**times, 1, 2**times)
-    fit = nearest_kron(weight.detach().double()[:, places], shape, terms=1, gauge=gauge)
+    shape = KronShape(rows, order.shape[0], 1, order.shape[1])
+    fit = nearest_kron(matrix[:, places], shape, terms=1, gauge=gauge)
     return PermutedColumns(fit, places, tuple(searches))

@@ -4,7 +4,7 @@ All of them replace both MLP matrices of the chosen blocks; what differs is how 
 no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 Gauge = Literal["rms", "sqrt"]
@@ -207,7 +207,7 @@ class TQCompressor:
 
     After Abronin et al. (arXiv 2401.16367), with the search of `kron_perm` in place of the one that is not
     released: `terms` products of half the rows and a quarter of the columns, the table twice halved in the
-    best orders of channels found.
+    best orders of channels found. All at once, or in its three stages with recovery training after each.
     """
 
     name: Literal["tqcompressor"] = "tqcompressor"
@@ -237,6 +237,19 @@ class TQCompressor:
 
     rtol: float = 1e-4
     """Stop when no reordering lowers the error by more than this share of it."""
+
+    stage: Literal["once", "table", "mlp", "inner"] = field(
+        default="once", metadata={"identity": "unless default"}
+    )
+    """How far to go: halve the table; then the MLPs; then halve what is left of the table. Each stage after
+    the first starts from the recovered model of the one before; `once` does all of it on the teacher.
+    """
+
+    @property
+    def before(self) -> "TQCompressor | None":
+        """The stage that this one starts from; None where it starts from the teacher."""
+        earlier: dict[str, Literal["table", "mlp"]] = {"mlp": "table", "inner": "mlp"}
+        return replace(self, stage=earlier[self.stage]) if self.stage in earlier else None
 
 
 AnyKron = (

@@ -5,6 +5,8 @@ embedding, in permuted orders. Both leave every second block dense. Neither is t
 them "-style (ours)".
 """
 
+from dataclasses import replace
+
 import torch
 
 from model.algebra.kron import nearest_kron
@@ -14,12 +16,13 @@ from model.compress.assemble import report_module, source_matrix, transplant
 from model.compress.budget import Budget
 from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, StatsSpec
 from model.compress.kron_perm import fit_permuted_block, gathers_of
-from model.compress.kron_plan import DOWN, KronChoice, chosen_blocks, with_kron_mlp
+from model.compress.kron_plan import DOWN, UP, KronChoice, chosen_blocks, with_kron_mlp
 from model.compress.kron_recipe import KnGPT2, TQCompressor
 from model.compress.kron_table import report_table, set_table, with_kron_table
 from model.compress.kronecker import kron_layer, set_factors
 from model.config import Dense, Kron, ModelError, ModelSpec, Site
 from model.gpt2 import GPT2
+from model.layers.embedding import KroneckerEmbedding
 
 
 def odd_blocks(spec: ModelSpec, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -87,7 +90,10 @@ class TQCompressorMethod:
         return StatsSpec()
 
     def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
-        """Permuted products at the MLPs of the odd blocks, and a quarter of the table."""
+        """Permuted products at the MLPs of the odd blocks and a quarter of the table; or up to a stage of it.
+
+        The structure at the end of a stage is the same from the teacher and from the stage before.
+        """
         blocks = odd_blocks(arch, self.config.layers)
         firsts = tuple((arch.arch.n_embd // 2, arch.blocks[i].mlp_hidden // 4) for i in blocks)
         choice = KronChoice(
@@ -97,22 +103,44 @@ class TQCompressorMethod:
             layers=blocks,
             gathers=gathers_of(self.config.hidden, outer=True),
         )
-        spec = with_kron_mlp(arch, choice, terms=self.config.terms)
-        spec = with_kron_table(spec, factor=4, gather=True, head=self.config.head)
+        stage = self.config.stage
+        spec = arch if stage == "table" else with_kron_mlp(arch, choice, terms=self.config.terms)
+        factor = 2 if stage in ("table", "mlp") else 4
+        if self.config.before and isinstance(table := arch.embedding, Kron):
+            spec = replace(spec, embedding=replace(table, n1=arch.arch.n_embd // factor, n2=factor))
+        else:
+            spec = with_kron_table(spec, factor=factor, gather=True, head=self.config.head)
         _check(self.name, spec, budget)
         return Plan(method=self.name, source=arch, spec=spec)
 
     @torch.no_grad()
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
         """Deterministic in the seed, which draws the random starts."""
-        config, fresh = self.config, transplant(model, plan)
+        config, fresh, changed = self.config, transplant(model, plan), plan.changed()
         reports: list[ModuleReport] = []
         for i in odd_blocks(model.spec, config.layers):
-            reports += fit_permuted_block(model, fresh, i, config, outer=True, seed=seed)
-        table = model.wte.table().detach()
+            if f"h.{i}.{UP}" in changed:
+                reports += fit_permuted_block(model, fresh, i, config, outer=True, seed=seed)
+        if plan.spec.embedding != plan.source.embedding:
+            reports.append(self._narrow(model, fresh, seed=seed))
+        return CompressedModel(model=fresh, plan=plan, report=tuple(reports))
+
+    def _narrow(self, model: GPT2, fresh: GPT2, *, seed: int) -> ModuleReport:
+        """Fill the table, halved from what stands there now as often as the new structure asks."""
+        config, table, matrix = self.config, model.wte.table().detach(), fresh.spec.embedding
+        assert isinstance(matrix, Kron)
+        groups, width = None, 1
+        if (
+            config.before
+            and isinstance(held := model.wte, KroneckerEmbedding)
+            and held.gather_out is not None
+        ):
+            width = held.right.shape[-1]
+            groups = held.gather_out.argsort().reshape(-1, width)
         found = halved_columns(
             table,
-            times=2,
+            times=(matrix.n2 // width).bit_length() - 1,
+            groups=groups,
             random_starts=config.random_starts,
             seed=seed,
             max_sweeps=config.max_sweeps,
@@ -122,8 +150,7 @@ class TQCompressorMethod:
         set_table(fresh, found.fit.left, found.fit.right, found.order)
         sweeps = {f"sweeps_{k}": float(how.iterations) for k, how in enumerate(found.searches)}
         starts = {f"start_{k}": how.start for k, how in enumerate(found.searches)}
-        reports.append(report_table(fresh, table, predicted_error=found.fit.error, **sweeps, **starts))
-        return CompressedModel(model=fresh, plan=plan, report=tuple(reports))
+        return report_table(fresh, table, predicted_error=found.fit.error, **sweeps, **starts)
 
 
 def _halved(site: Site) -> Kron:

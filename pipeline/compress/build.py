@@ -1,8 +1,8 @@
 """From a teacher, and statistics where a method needs any, to a compressed model: plan → compress → publish.
 
-The plan fixes the exact number of parameters before a weight is touched, and what was built must have it.
-Each replaced matrix leaves a row in `report.json`: predicted and achieved error, energy kept, rank,
-parameters, MACs.
+A later stage of a method starts from the run of the stage before instead. The plan fixes the exact number of
+parameters before a weight is touched, and what was built must have it. Each replaced matrix leaves a row in
+`report.json`: predicted and achieved error, energy kept, rank, parameters, MACs.
 """
 
 import json
@@ -31,16 +31,21 @@ def build_init(
     store: Store,
     *,
     stats: Artifact | None = None,
+    before: Artifact | None = None,
     force: bool = False,
 ) -> Artifact:
-    """Compress `teacher` as `config.method` says and publish it; CompressError if that cannot be done."""
+    """Compress `teacher`, or the run `before`, as `config.method` says and publish the result.
+
+    Raises CompressError if that cannot be done.
+    """
     began = time.monotonic()
     dense = load_model(teacher)
+    source = load_model(before) if before else dense
     try:
         measured = load_stats(stats.folder()) if stats else None
         method = make_method(config.method)
-        plan = make_plan(method, dense, budget_of(config.budget), measured)
-        compressed = method.compress(dense, plan, measured, seed=config.seed)
+        plan = make_plan(method, source, budget_of(config.budget), measured)
+        compressed = method.compress(source, plan, measured, seed=config.seed)
     except ModelError as err:
         raise CompressError(f"{identity.address}: {err}") from err
     counted = sum(parameter.numel() for parameter in compressed.model.parameters())
@@ -64,4 +69,6 @@ def build_init(
             "replaced_parameters": replaced,
             "energy_kept": sum(energies) / len(energies) if energies else 1.0,
         }
+        if before:
+            metrics |= {f"{key}_before": int(before.record.metrics[key]) for key in ("steps", "tokens")}
         return attempt.publish(metrics=metrics, settings={"compress_s": round(time.monotonic() - began, 2)})

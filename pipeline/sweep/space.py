@@ -18,7 +18,7 @@ from typing import Any
 from model.algebra.shapes import ShapeError
 from model.compress.budget import BudgetError
 from model.config import ModelError
-from pipeline.chain import Chains
+from pipeline.chain import Chains, earlier
 from pipeline.compress.outlook import try_outlook
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import to_json
@@ -275,6 +275,9 @@ def _collect(sampler: Sampler, picks: Iterable[Mapping[str, Any]], *, count: int
 def _obstacle(config: RunConfig) -> tuple[str, str] | None:
     """Why no such model can be built, in short and in full; None if it can."""
     name = config.method.name
+    if earlier(config):
+        short = f"{name} in stages is no trial of a sweep"
+        return short, f"{short}: it starts from another run; train it with `krony train`"
     try:
         try_outlook(config)
     except BudgetError as err:

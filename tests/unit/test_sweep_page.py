@@ -89,6 +89,7 @@ def test_the_page_says_what_was_found_what_was_lost_and_why(store, written):
     assert "the loss is nan at step 90" in page
     assert "unbalanced: 3 of 6 arms" in page
     assert "Main effects at 197k tokens" in page
+    assert "rung 196,608 tokens: place 8 of 9, 3 go on; left at <code>run/random_init-s0-" in page
     sweep = open_sweep(store, "shapes")
     for trial in sweep.trials:
         assert trial.run in page
@@ -143,6 +144,7 @@ def test_json_holds_every_arm(store, tmp_path, capsys):
     assert rows[0]["is_best"]
     assert rows[0]["choices"] == {"method": {"name": "kron_prune"}, "method.shape": [256, 256]}
     assert rows[-1]["loss"] is None
+    assert rows[-1]["runs"] == []
 
 
 def test_an_unknown_sweep_is_one_line(store, tmp_path, capsys):

@@ -65,7 +65,7 @@ class SweepPage:
 
     def markdown(self) -> str:
         """The page in Markdown; figures lie beside it as `figures/*.svg`."""
-        return render("sweep.md.j2", self)
+        return f"{render('sweep.md.j2', self)}\n"
 
     @property
     def every_figure(self) -> tuple[Figure, ...]:
@@ -96,10 +96,11 @@ def build_sweep_page(sweep: Sweep, ranking: Ranking, *, recipe: str, store: str)
         )
         for size, svg in fronts.items()
     ]
+    all_finished = len(sweep.finished) == len(sweep.trials)
     drawn += [
         Figure(
             "curves",
-            "Validation loss on the way; grey: stopped (|) or failed (x)",
+            "Validation loss on the way" + ("" if all_finished else "; grey: stopped (|) or failed (x)"),
             "Validation loss of every trial against its training tokens.",
             rungs(sweep, ranking),
         ),

@@ -94,8 +94,18 @@ class Sweep:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Config paths that the trials set, in the order in which they are laid over the base."""
-        return tuple(dict.fromkeys(path for trial in self.trials for path in trial.choices))
+        """Config paths that the trials set, in the order in which they are laid over the base.
+
+        A path that the first trials lack has its place after the one that it follows where it is set.
+        """
+        found: list[str] = []
+        for trial in self.trials:
+            place = 0
+            for path in trial.choices:
+                if path not in found:
+                    found.insert(place, path)
+                place = found.index(path) + 1
+        return tuple(found)
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from analysis.ranking import VALIDATION, Ranking, rank
 from analysis.recipe import recipe, to_toml
 from analysis.stats import seeded_difference
 from analysis.sweep_tables import endings_table, ranking_table
-from analysis.sweeps import Sweep, open_sweep, tidy
+from analysis.sweeps import Sweep, axis_values, open_sweep, tidy
 from analysis.tables import markdown, terminal
 from analysis.traces import losses
 from pipeline.chain import chain
@@ -70,6 +71,23 @@ def invented(sweeps: ModuleType, folder: Path, **settings) -> tuple[Store, Sweep
     """A sweep of its own."""
     sweeps.write_sweep(folder, **settings)
     return Store(folder), open_sweep(Store(folder), settings.get("name", "shapes"))
+
+
+def test_a_path_that_only_some_arms_have_belongs_to_the_axis_that_set_it(sweeps, tmp_path):
+    rows = []
+    chosen = (
+        {"method": {"name": "one"}, "method.shape": [8, 8], "train.lr": 1e-3},  # a method without terms
+        {"method": {"name": "two"}, "method.shape": [8, 8], "method.terms": 1, "train.lr": 1e-3},
+        {"method": {"name": "two"}, "method.shape": [8, 8], "method.terms": 2, "train.lr": 1e-3},
+    )
+    for number, choices in enumerate(chosen):
+        row, _ = sweeps.trial(tmp_path, "kron_vl", (256, 256), number, noise=0.1, unhappy=False)
+        rows.append({**row, "key": f"k{number}", "arm": f"arm {number}", "choices": choices})
+    axes = [["method", []], ["method.shape", {}], ["train.lr", []]]
+    _, sweep = invented(sweeps, tmp_path, methods=[], more=rows, name="terms")
+    sweep = replace(sweep, record=replace(sweep.record, config={"sweep": {"axes": axes}}))
+    assert sweep.axes == {"method": (), "method.shape": ("method.terms",), "train.lr": ()}
+    assert list(axis_values(sweep, "train.lr").values()) == [1e-3] * 3
 
 
 # --- the tidy table -----------------------------------------------------------------------------------------

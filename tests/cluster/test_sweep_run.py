@@ -18,11 +18,16 @@ import psutil
 import pytest
 
 from pipeline import stages
+from pipeline.config.schema import RayConfig
+from pipeline.progress import Progress
 from pipeline.store.artifacts import Artifact, Store
+from pipeline.store.location import Location
+from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.identity import sweep_identity
-from pipeline.sweep.ledger import read_events
+from pipeline.sweep.ledger import Ledger, read_events
 from pipeline.sweep.run import run_sweep
 from pipeline.sweep.space import space_of
+from pipeline.sweep.window import Window
 from pipeline.work import Work
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -209,6 +214,35 @@ def test_failures_are_results_and_can_be_retried(ray_local, sweep_lab, place, ba
     assert again.record.attempt != artifact.record.attempt
     assert measured(again) == measured(artifact)
     assert len(read_events(again.location)) > len(read_events(artifact.location))
+    assert_all_given_back(ray_local)
+
+
+def test_a_bug_of_ours_is_no_crash_and_is_not_repeated(ray_local, sweep_lab, place, base):
+    from pipeline.sweep.trial import Trial
+    from pipeline.sweep.tuning import run_jobs
+
+    class Broken(Trial):
+        @staticmethod
+        def do(job, channel):
+            raise ZeroDivisionError("ours")
+
+    study = sweep_lab.write(place, origin=base)
+    spec, *_ = space_of(study).trials
+    campaign = Campaign(study.sweep, Ledger(Location(str(place / "ledger"))), [spec], ray=RayConfig())
+    window = Window(study.first.tracking, Store(study.first.store), run_id="sweep/x/1", name="x", asks={})
+    run_jobs(
+        campaign,
+        window,
+        Progress("sweep", 1, unit="tokens", quiet=True),
+        slots=1,
+        should_stop=lambda: False,
+        silence_s=60.0,
+        trainable=Broken,
+    )
+    window.close("FINISHED")
+    (entry,) = campaign.book.entries.values()
+    assert (entry.state, entry.crashes) == ("failed", 1)
+    assert entry.reason == "ZeroDivisionError: ours (a bug: please report it)"
     assert_all_given_back(ray_local)
 
 

@@ -7,14 +7,15 @@ failed until it is asked for again. The artifact is published once every trial i
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from pipeline.chain import Chains
 from pipeline.cluster import connect, session
 from pipeline.config.load import to_json
+from pipeline.config.schema import RunConfig
 from pipeline.config.sweep import SweepStudy
-from pipeline.errors import ConfigError, Interrupted, PreflightError
+from pipeline.errors import ConfigError, Interrupted, PreflightError, TrainError
 from pipeline.interrupt import stop_on_signal
 from pipeline.progress import Progress, say
 from pipeline.store.artifacts import Artifact, Attempt, Store
@@ -50,18 +51,21 @@ def run_sweep(study: SweepStudy, *, retry_failed: bool = False, quiet: bool = Fa
         ledger = Ledger(attempt.location)
         if done and ledger.is_empty:
             ledger.copy(read_events(done.location))
-        campaign = _campaign(study, ledger)
+        campaign, bases = _campaign(study, ledger)
         if retry_failed:
             campaign.retry_failed()
-        _Session(study, attempt, campaign, quiet=quiet).run()
+        _Session(study, attempt, campaign, bases, quiet=quiet).run()
+        if not quiet:
+            _note_few(study, campaign)
         return _publish(study, attempt, campaign)
 
 
-def _campaign(study: SweepStudy, ledger: Ledger) -> Campaign:
+def _campaign(study: SweepStudy, ledger: Ledger) -> tuple[Campaign, Mapping[str, RunConfig]]:
+    """The trials, and configs that need the same tokens and teachers as those which are not drawn yet."""
     sweep, argv = study.sweep, redact(sys.argv)
     ray = held(study.first, has_gpu=False)
     if sweep.search not in GUIDED:
-        return Campaign(sweep, ledger, space_of(study).trials, ray=ray, argv=argv)
+        return Campaign(sweep, ledger, space_of(study).trials, ray=ray, argv=argv), {}
     if sweep.stop and sweep.stop.name == "halving":
         raise ConfigError(
             f"sweep.stop.name='halving' compares all arms at once, sweep.search={sweep.search!r} draws them "
@@ -70,14 +74,24 @@ def _campaign(study: SweepStudy, ledger: Ledger) -> Campaign:
     from pipeline.sweep.guided import Guide
 
     guide = Guide(study)
-    return Campaign(sweep, ledger, guide.known(ledger.book), ray=ray, proposer=guide, argv=argv)
+    known = guide.known(ledger.book)
+    return Campaign(sweep, ledger, known, ray=ray, proposer=guide, argv=argv), guide.bases
 
 
 class _Session:
     """One driver's work on a sweep."""
 
-    def __init__(self, study: SweepStudy, attempt: Attempt, campaign: Campaign, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        study: SweepStudy,
+        attempt: Attempt,
+        campaign: Campaign,
+        bases: Mapping[str, RunConfig],
+        *,
+        quiet: bool,
+    ) -> None:
         self._study, self._attempt, self._campaign, self._quiet = study, attempt, campaign, quiet
+        self._bases = bases
         self._chains = Chains()
 
     def run(self) -> None:
@@ -91,12 +105,14 @@ class _Session:
             self._share()
             with stop_on_signal("sweep") as should_stop:
                 self._try(slots, should_stop)
-            if self._campaign.is_stopping and not self._campaign.is_complete:
+            if not self._campaign.is_complete:
                 book = self._campaign.book
                 over = book.count("finished", "stopped", "failed")
+                where = f"{self._attempt.identity.address}: {over} of {len(book.entries)} trials are over"
+                if not self._campaign.is_stopping:
+                    raise TrainError(f"{where}, and Ray Tune ended; the same command goes on from there")
                 raise Interrupted(
-                    f"{self._attempt.identity.address}: {over} of {len(book.entries)} trials are over, the "
-                    "others have saved their state; the same command goes on from there"
+                    f"{where}, the others have saved their state; the same command goes on from there"
                 )
 
     def _take_what_is_done(self) -> None:
@@ -134,9 +150,13 @@ class _Session:
 
         campaign = self._campaign
         left = {e.key: campaign.configs[e.key] for e in campaign.book.entries.values() if not e.is_over}
-        build_base(left or {"": self._study.first}, chains=self._chains, quiet=self._quiet)
-        for key, reason in build_inits(left, spread_tasks, chains=self._chains, quiet=self._quiet).items():
-            campaign.ended(key, Outcome(state="failed", reason=reason))
+        needed = {**self._bases, **left} or {"": self._study.first}
+        failed = build_base(needed, chains=self._chains, quiet=self._quiet)
+        rest = {key: config for key, config in left.items() if key not in failed}
+        failed |= build_inits(rest, spread_tasks, chains=self._chains, quiet=self._quiet)
+        for key, reason in failed.items():
+            if key in left:
+                campaign.ended(key, Outcome(state="failed", reason=reason))
 
     def _try(self, slots: int, should_stop: ShouldStop) -> None:
         """The trials themselves, on Tune."""
@@ -168,6 +188,12 @@ class _Session:
             campaign.ledger.tell("end")
             campaign.ledger.flush()
             window.close(status)
+
+
+def _note_few(study: SweepStudy, campaign: Campaign) -> None:
+    arms = len({entry.arm for entry in campaign.book.entries.values()})
+    if arms < study.sweep.samples:
+        say("sweep", f"sweep.samples = {study.sweep.samples}, but no more than {arms} arms could be drawn")
 
 
 def _publish(study: SweepStudy, attempt: Attempt, campaign: Campaign) -> Artifact:

@@ -2,7 +2,7 @@
 
 Tokens, teachers and their scores are built by this process, which may spread them over Ray as it always does.
 Statistics and inits are many small things: each distinct one is built once, at the same time where there are
-several. One that cannot be built costs the trials that need it, never the sweep.
+several. What cannot be built costs the trials that need it; the sweep goes on with the others.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pipeline import stages
 from pipeline.chain import Chain, Chains
 from pipeline.config.schema import RunConfig
-from pipeline.errors import KronyError
+from pipeline.errors import Interrupted, KronyError
 from pipeline.progress import say
 from pipeline.store.artifacts import Artifact, Identity, Store
 from pipeline.work import Work
@@ -24,19 +24,32 @@ Spread = Callable[[Sequence[Task]], Sequence[str]]
 STAGES: Mapping[str, Callable[[Work], Artifact | None]] = {"stats": stages.stats, "init": stages.init}
 
 
-def build_base(configs: Mapping[str, RunConfig], *, chains: Chains, quiet: bool) -> None:
-    """Build tokens, teachers and their scores; raises KronyError if that cannot be done."""
+def build_base(configs: Mapping[str, RunConfig], *, chains: Chains, quiet: bool) -> dict[str, str]:
+    """Build tokens, teachers and their scores; for each trial that has to do without, the reason in one line.
+
+    Raises KronyError if that is so for all of them.
+    """
     chained = {key: chains.of(config) for key, config in configs.items()}
 
     def base(key: str) -> str:
         shared = (chained[key].tokens, *chained[key].teacher_scores.values())  # scores name their teacher
         return " ".join(identity.fingerprint for identity in shared)
 
-    for key in _distinct(configs, base):
+    reasons: dict[str, str] = {}
+    firsts = _distinct(configs, base)
+    for key in firsts:
         work = Work(configs[key], chained[key], Store(configs[key].store), quiet=quiet)
-        stages.tokens(work)
-        stages.teacher(work)
-        stages.scores(work, of_teacher=True)
+        try:
+            stages.tokens(work)
+            stages.teacher(work)
+            stages.scores(work, of_teacher=True)
+        except Interrupted:
+            raise
+        except KronyError as err:
+            if len(reasons) == len(firsts) - 1:
+                raise
+            reasons[base(key)] = " ".join(str(err).split())
+    return {key: reasons[base(key)] for key in configs if base(key) in reasons}
 
 
 def build_inits(

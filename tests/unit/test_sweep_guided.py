@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config.schema import RayConfig
-from pipeline.errors import PreflightError
+from pipeline.errors import ConfigError, PreflightError
 from pipeline.store.location import Location
 from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.guided import Guide, arms
@@ -80,6 +80,16 @@ def test_two_objectives(sweep_lab, tmp_path):
     assert len(arms(campaign.book)) == 5
 
 
+@pytest.mark.parametrize("search", ["tpe", "pareto"])
+def test_a_search_that_has_found_the_best_goes_on_to_draw_all_that_was_asked_for(sweep_lab, tmp_path, search):
+    pytest.importorskip("optuna")
+    (tmp_path / "words.txt").write_text("one two")
+    axes = AXES | {"train.lr": [1e-4, 3e-4, 1e-3, 1e-2], "train.warmup_steps": [0, 1]}
+    study = sweep_lab.write(tmp_path, axes=axes, search=search, samples=30)
+    campaign = advance(study, Location(str(tmp_path / "a")), steps=99)
+    assert len(arms(campaign.book)) == 30
+
+
 def test_a_space_that_is_used_up_ends_the_search(sweep_lab, tmp_path):
     pytest.importorskip("optuna")
     (tmp_path / "words.txt").write_text("one two")
@@ -87,6 +97,20 @@ def test_a_space_that_is_used_up_ends_the_search(sweep_lab, tmp_path):
     campaign = advance(study, Location(str(tmp_path / "a")), steps=99)
     assert len(arms(campaign.book)) == 2
     assert campaign.is_complete
+
+
+def test_what_trials_share_is_known_before_they_are_drawn(study):
+    listed = {
+        "teacher.n_layer": [1, 2],
+        "data.shard_tokens": [10**7, 10**8],
+        "train.lr": {"low": 1e-4, "high": 1e-2},
+    }
+    bases = Guide(replace(study, sweep=replace(study.sweep, axes=listed))).bases.values()
+    found = {(config.teacher.n_layer, config.data.shard_tokens) for config in bases}
+    assert found == {(1, 10**7), (1, 10**8), (2, 10**7), (2, 10**8)}
+    ranged = {"teacher.n_layer": {"low": 1, "high": 9}}
+    with pytest.raises(ConfigError, match=r"teacher\.n_layer: trials share .* list its values"):
+        Guide(replace(study, sweep=replace(study.sweep, axes=ranged)))
 
 
 def test_without_optuna_there_is_one_clear_line(sweep_lab, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from model.algebra.kron import (
     nearest_kron,
     rearrange,
 )
-from model.algebra.psd import metric_loss, psd_roots
+from model.algebra.psd import check_metric, metric_loss, psd_roots
 from model.algebra.shapes import Gauge, KronShape, check_terms
 from model.config import ModelError
 
@@ -111,14 +111,14 @@ def activation_kron(
     Take the covariance for C and correct the bias afterwards. For m1 = 1 or m2 = 1 the result is the global
     optimum. `output_metric` minimises tr(G D^T C D) instead: a pair (G1, G2) stands for G1 (x) G2, whose root
     is absorbed; any G (n, n) is solved if a side of the shape is 1, because the metric of that side is a
-    Kronecker product as it is. Raises ModelError for a metric of another shape, with NaN, or that cannot be
-    absorbed.
+    Kronecker product as it is. Raises ModelError for a metric of another shape, with NaN, with a negative
+    diagonal, or that cannot be absorbed.
     """
     check_weight(weight, shape)
     check_terms(shape, terms)
-    _check_metric(metric, shape.rows)
+    check_metric(metric, shape.rows)
     if isinstance(output_metric, Tensor):
-        _check_metric(output_metric, shape.cols)
+        check_metric(output_metric, shape.cols)
         if min(shape.n1, shape.n2) > 1:
             return _fit_transposed(
                 weight,
@@ -194,11 +194,6 @@ def _fit_transposed(
 def _as_pair(metric: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor]:
     one = torch.ones(1, 1, dtype=torch.float64, device=metric.device)
     return (metric, one) if is_first else (one, metric)
-
-
-def _check_metric(metric: Tensor, size: int) -> None:
-    if tuple(metric.shape) != (size, size) or not bool(torch.isfinite(metric).all()):
-        raise ModelError(f"metric {tuple(metric.shape)}: need a finite {size}x{size} matrix")
 
 
 @dataclass(frozen=True)

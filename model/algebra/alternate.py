@@ -100,7 +100,8 @@ def proximal_solve(system: Tensor, rhs: Tensor, old: Tensor, *, ridge_rel: float
     """Minimise z^T H z - 2 z^T rhs + rho ||z - old||^2 for H (..., k, k), rhs and old (..., k, c).
 
     rho is relative to the mean diagonal entry, the largest over a batch, so a zero H keeps the old value.
-    Solved for the change, which keeps the accuracy of a start that is already good.
+    Solved for the change, which keeps the accuracy of a start that is already good. Raises ModelError for a
+    singular H that no ridge holds.
     """
     size = system.shape[-1]
     level = system.diagonal(dim1=-2, dim2=-1).sum(dim=-1).max() / size
@@ -108,7 +109,14 @@ def proximal_solve(system: Tensor, rhs: Tensor, old: Tensor, *, ridge_rel: float
     ridged = system.clone()
     ridged.diagonal(dim1=-2, dim2=-1).add_(rho)
     gap = rhs - system @ old
-    change: Tensor = gap / ridged if size == 1 else torch.linalg.solve(ridged, gap)
+    if size == 1:
+        return old + gap / ridged
+    try:
+        change: Tensor = torch.linalg.solve(ridged, gap)
+    except torch.linalg.LinAlgError as err:  # type: ignore[attr-defined]
+        raise ModelError(
+            f"a half-step of size {size} is singular with ridge_rel={ridge_rel:g}; use 1e-8 or more"
+        ) from err
     return old + change
 
 

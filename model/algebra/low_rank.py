@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.algebra.gauge import apply_gauge, canonical_signs
 from model.algebra.kron import NEARLY_EXACT
-from model.algebra.psd import metric_loss, psd_roots, times
+from model.algebra.psd import check_metric, metric_loss, psd_roots, times
 from model.config import ModelError
 
 
@@ -76,13 +76,15 @@ def low_rank(
     """The rank-`rank` K that minimises tr(G (W-K)^T C (W-K)); metrics default to I, a vector is a diagonal.
 
     Exact for any positive semi-definite metrics. `check_rank` is the caller's choice: here every rank from 1
-    to min(m, n) is solved. Raises ModelError for other ranks and for weights or metrics that are not finite.
+    to min(m, n) is solved. Raises ModelError for other ranks, for weights or metrics that are not finite, and
+    for metrics of another size or with a negative diagonal.
     """
     weight = weight.detach().double()
     if not 1 <= rank <= min(weight.shape):
         raise ModelError(f"rank {rank} of a {tuple(weight.shape)} weight: choose 1 to {min(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"weight {tuple(weight.shape)} holds NaN or infinity; nothing can be fitted to it")
+    _check_metrics(weight, input_metric, output_metric)
     if _is_wide(weight, output_metric):  # the same problem from the other side
         turned = low_rank(weight.mT, rank=rank, input_metric=output_metric, output_metric=input_metric)
         first, second = balance(turned.second.mT, turned.first.mT)
@@ -105,11 +107,18 @@ def metric_values(
     weight: Tensor, *, input_metric: Tensor | None = None, output_metric: Tensor | None = None
 ) -> Tensor:
     """Singular values of C^1/2 W G^1/2, descending, (min(m, n),): squared, what each rank is worth."""
+    _check_metrics(weight, input_metric, output_metric)
     if _is_wide(weight, output_metric):
         return metric_values(weight.mT, input_metric=output_metric, output_metric=input_metric)
     root = None if output_metric is None else psd_roots(output_metric).root
     target = weight.double() if root is None else times(root, weight.mT).mT
     return top_right_vectors(target, rank=1, metric=input_metric)[1]
+
+
+def _check_metrics(weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None) -> None:
+    for metric, size in zip((input_metric, output_metric), weight.shape, strict=True):
+        if metric is not None:
+            check_metric(metric, size, or_diagonal=True)
 
 
 def _is_wide(weight: Tensor, output_metric: Tensor | None) -> bool:

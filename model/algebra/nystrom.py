@@ -12,7 +12,7 @@ view.
 import torch
 from torch import Tensor
 
-from model.algebra.psd import centred, psd_eig, psd_pinv
+from model.algebra.psd import centred, check_metric, psd_eig, psd_pinv
 from model.config import ModelError
 
 PIVOT = 1e-12
@@ -47,8 +47,9 @@ def greedy_keep(gram: Tensor, weight: Tensor, count: int) -> Tensor:
     Output-aware pivoted Cholesky: with R the residual of C and M = R W, the gain of unit j is ||M_j||^2 /
     R_jj. R is never updated as a whole; its column is rebuilt from the picks so far, O(h k (k + d)) in all.
     """
-    gram, image = gram.double(), gram.double() @ weight.double()  # (h, h), (h, d)
     size = len(gram)
+    check_metric(gram, size)
+    gram, image = gram.double(), gram.double() @ weight.double()  # (h, h), (h, d)
     if not 1 <= count <= size:
         raise ModelError(f"cannot keep {count} of {size}: choose 1 to {size}")
     pivots = gram.diagonal().clone()

@@ -34,6 +34,23 @@ class Roots:
     """Eigenvalues kept, one integer per matrix."""
 
 
+def check_metric(metric: Tensor, size: int, *, or_diagonal: bool = False) -> None:
+    """Raise ModelError unless a metric is finite, (size, size), or (size,) where allowed, and may be PSD.
+
+    Only the diagonal is looked at for negative values: what needs a root sees all eigenvalues.
+    """
+    shapes = ((size, size), (size,)) if or_diagonal else ((size, size),)
+    if tuple(metric.shape) not in shapes or not bool(torch.isfinite(metric).all()):
+        raise ModelError(f"metric {tuple(metric.shape)}: need a finite {size}x{size} matrix")
+    diagonal = metric if metric.ndim == 1 else metric.diagonal()
+    lowest, largest = float(diagonal.min()), float(diagonal.abs().max())
+    if lowest < -NEGATIVE * largest:
+        raise ModelError(
+            f"metric has {lowest:.3g} on its diagonal: not positive semi-definite; is the mean from the same "
+            "tokens as the second moment?"
+        )
+
+
 def psd_eig(metric: Tensor, *, rcond: float = RCOND) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., m), ascending, zero under the relative cut-off, and eigenvectors (..., m, m).
 

@@ -93,10 +93,13 @@ class Stats:
     """By `field/module`, such as `gram/h.0.mlp.c_fc`."""
 
     def mean(self, key: str) -> "Tensor":
-        """Sum per token, or per sequence for a Fisher; ModelError if it was not collected."""
+        """Sum per token, or per sequence for a Fisher; ModelError if not collected, or not finite."""
         if key not in self.sums:
             raise ModelError(f"statistics hold no {key!r}; collect them again for this method")
-        return self.sums[key] / (self.sequences if "_fisher/" in key else self.tokens)
+        total = self.sums[key]
+        if not bool(total.isfinite().all()):
+            raise ModelError(f"statistics hold NaN or infinity in {key!r}; check the teacher on its own text")
+        return total / (self.sequences if "_fisher/" in key else self.tokens)
 
     def __add__(self, other: "Stats") -> "Stats":
         if set(self.sums) != set(other.sums):

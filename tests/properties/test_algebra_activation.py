@@ -290,3 +290,8 @@ def test_bad_metrics_are_refused():
         activation_kron(weight, torch.full((12, 12), torch.nan), SHAPE, terms=1)
     with pytest.raises(ModelError, match="at least one start"):
         activation_kron(weight, torch.eye(12), SHAPE, terms=1, starts=())
+    x = tokens(1, 12)
+    stranger = centred(gram_of(x), 3 * x.mean(dim=0))  # the mean of other tokens
+    for shape in (SHAPE, KronShape(12, 6, 1, 2)):
+        with pytest.raises(ModelError, match="not positive semi-definite; is the mean from the same tokens"):
+            activation_kron(weight, stranger, shape, terms=1, starts=("vl",))

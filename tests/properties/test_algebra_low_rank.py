@@ -1,5 +1,7 @@
 """Low rank in a metric: the loss is the tail and what tokens measure, for singular metrics too."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.testing import assert_close
 
 from model.algebra.bias import corrected_bias
 from model.algebra.kron import nearest_kron
-from model.algebra.low_rank import asvd_metric, check_rank, largest_rank, low_rank
+from model.algebra.low_rank import asvd_metric, check_rank, largest_rank, low_rank, metric_values
 from model.algebra.psd import (
     centred,
     homogeneous,
@@ -203,6 +205,26 @@ def test_bad_numbers_are_refused():
         psd_roots(torch.diag(torch.tensor([1.0, -0.5])))
     with pytest.raises(ModelError, match="outside"):
         shrink(torch.eye(2), 1.5)
+
+
+@pytest.mark.parametrize("side", ["input_metric", "output_metric"])
+@pytest.mark.parametrize("size", [(12, 8), (8, 12)], ids=["tall", "wide"])
+def test_what_is_no_metric_is_refused_whichever_side_is_larger(size: tuple[int, int], side: str):
+    weight, own = normal(0, *size), size[side == "output_metric"]
+    for spoiled in (torch.nan, torch.inf):
+        diagonal = torch.ones(own)
+        diagonal[1] = spoiled
+        for metric in (diagonal, torch.diag(diagonal), torch.eye(own + 1)):
+            for solve in (partial(low_rank, rank=2), metric_values):
+                with pytest.raises(ModelError, match=f"need a finite {own}x{own} matrix"):
+                    solve(weight, **{side: metric})
+    diagonal = torch.ones(own)
+    diagonal[1] = -1e-3
+    for metric in (diagonal, torch.diag(diagonal)):
+        with pytest.raises(ModelError, match="not positive semi-definite; is the mean from the same tokens"):
+            low_rank(weight, rank=2, **{side: metric})
+    diagonal[1] = -1e-12  # rounding of a covariance
+    assert low_rank(weight, rank=2, **{side: diagonal}).loss > 0
 
 
 @small

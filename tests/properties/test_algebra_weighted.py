@@ -199,6 +199,13 @@ def test_bad_weights_are_refused():
         weighted_kron(weight, torch.ones(24, 36), SHAPE, terms=1, starts=())
     with pytest.raises(ModelError, match="must not be negative"):
         Solver(max_iter=-1)
+    single = torch.zeros(24, 36)
+    single[0, 0] = 1
+    with pytest.raises(
+        ModelError, match="half-step of size 3 is singular with ridge_rel=0; use 1e-8 or more"
+    ):
+        weighted_kron(weight, single, SHAPE, terms=3, solver=Solver(ridge_rel=0))
+    assert weighted_kron(weight, single, SHAPE, terms=3).loss < 1e-12
     nothing = weighted_kron(weight, torch.zeros(24, 36), SHAPE, terms=1)
     assert nothing.loss == 0
     assert torch.isfinite(nothing.dense()).all()

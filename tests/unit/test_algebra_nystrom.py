@@ -121,6 +121,10 @@ def test_greedy_beats_leverage_and_leverage_beats_nothing():
     assert greedy_keep(GRAM, DOWN, HIDDEN).tolist() == list(range(HIDDEN))
     with pytest.raises(ModelError, match="cannot keep 49"):
         greedy_keep(GRAM, DOWN, 49)
+    spoiled = GRAM.clone()
+    spoiled[3, 3] = torch.nan
+    with pytest.raises(ModelError, match="need a finite 48x48 matrix"):
+        greedy_keep(spoiled, DOWN, KEPT)
 
 
 def test_more_units_never_hurt():

@@ -249,6 +249,15 @@ def test_only_what_is_asked_for_is_collected(model):
         collect(model, spec, ROWS, measurement=Measurement(skip_first_tokens=23))
 
 
+def test_sums_that_are_not_finite_are_refused_by_name():
+    for spoiled in (torch.nan, torch.inf):
+        sums = {"gram/h.0.mlp.c_fc": torch.eye(3), "row_fisher/h.1.mlp.c_fc": torch.tensor([1.0, spoiled])}
+        stats = Stats(tokens=2, sequences=1, sums=sums)
+        assert float(stats.mean("gram/h.0.mlp.c_fc")[0, 0]) == 0.5
+        with pytest.raises(ModelError, match=r"NaN or infinity in 'row_fisher/h\.1\.mlp\.c_fc'"):
+            stats.mean("row_fisher/h.1.mlp.c_fc")
+
+
 def test_halves_are_compared_by_rank():
     even = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
 

@@ -261,10 +261,13 @@ class _Problem:
         return starts
 
     def selected(self, affinity: Tensor) -> _Start:
-        """Levels from a greedy selection; for m2 = 1 also the factors of that selection with its refit."""
+        """Levels from a greedy selection; for m2 = 1 also the factors of that selection with its refit.
+
+        As many units as the terms hold: with more terms than levels that is all of them.
+        """
         shape, metric = self.up.shape, self.down.coupling
         assert metric is not None
-        keep = greedy_keep(metric, self.down.weight, self.terms * shape.n1)
+        keep = greedy_keep(metric, self.down.weight, min(self.terms, shape.n2) * shape.n1)
         others = torch.ones(shape.cols, dtype=torch.bool, device=keep.device)
         others[keep] = False
         rest = torch.nonzero(others).flatten()

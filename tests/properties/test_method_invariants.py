@@ -11,7 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from model.algebra.shapes import legal_shapes
 from model.compress.budget import Budget
 from model.compress.calibration import Measurement, collect
 from model.compress.contract import Plan, StatsSpec
@@ -250,3 +253,33 @@ def test_settings_that_lose_nothing_give_the_logits_of_the_teacher(name, teacher
         plan = Plan(method=name, source=teacher.spec, spec=teacher.spec.with_matrices(full))
     result = method.compress(teacher, plan, stats, seed=0)
     assert float((logits(result.model) - logits(teacher)).abs().max()) <= 1e-6
+
+
+TINY = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_ctx=12, vocab_size=31)
+TERMS = (KronVL, KronPerm, KronFisher, KronAct, KronActPerm)
+
+
+@pytest.fixture(scope="module")
+def tiny(toy):
+    model = toy(ModelSpec.dense(TINY), seed=2, dtype=torch.float64)
+    rows = torch.randint(31, (8, 12), generator=torch.Generator().manual_seed(3))
+    spec = StatsSpec.everywhere(("gram", "full_fisher"), model.spec)
+    return model, collect(model, spec, rows, measurement=Measurement())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(TERMS),
+    st.sampled_from(legal_shapes(8, 32)),
+    st.sampled_from(["rms", "sqrt"]),
+    st.booleans(),
+    st.data(),
+)
+def test_whatever_shape_and_terms_a_plan_allows_can_be_built(kind, shape, gauge, scales, data, tiny):
+    terms = data.draw(st.integers(1, min(shape.max_terms, 12)))
+    recipe = kind(shape=(shape.m1, shape.n1), terms=terms, gauge=gauge, scales=scales)
+    result = squeeze(recipe, *tiny)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in result.model.parameters())
+    for row in result.report:
+        assert row.achieved_error == pytest.approx(row.predicted_error, rel=1e-6, abs=1e-12 * row.energy)
+        assert row.rank_bound == shape.rank_bound(terms)

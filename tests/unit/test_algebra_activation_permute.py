@@ -75,6 +75,18 @@ def test_history_never_rises_and_says_what_tokens_measure(shape: KronShape):
         )
 
 
+def test_more_terms_than_a_group_has_units_are_fitted_too():
+    mlp, shape = Mlp(3), KronShape(4, 12, 2, 2)
+    losses = [
+        permuted_activation_kron_pair(
+            mlp.up, mlp.down, mlp.inputs, mlp.hidden, shape, terms=terms, max_sweeps=2
+        ).loss
+        for terms in range(1, shape.max_terms + 1)
+    ]
+    assert all(more < less for less, more in pairwise(losses))
+    assert losses[-1] < 1e-12  # four terms of a 2x2 factor hold every weight
+
+
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_it_is_never_worse_than_the_activation_fit_in_the_stored_order(shape: KronShape):
     for seed in range(0, 30, 10):

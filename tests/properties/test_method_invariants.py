@@ -275,7 +275,7 @@ def tiny(toy):
     st.booleans(),
     st.data(),
 )
-def test_whatever_shape_and_terms_a_plan_allows_can_be_built(kind, shape, gauge, scales, data, tiny):
+def test_whatever_shape_and_terms_a_plan_allows_can_be_built(tiny, kind, shape, gauge, scales, data):
     terms = data.draw(st.integers(1, min(shape.max_terms, 12)))
     recipe = kind(shape=(shape.m1, shape.n1), terms=terms, gauge=gauge, scales=scales)
     result = squeeze(recipe, *tiny)

@@ -8,7 +8,6 @@ from pipeline.chain import VERSIONS, Chains
 from pipeline.config.identity import identity_fields
 from pipeline.config.sweep import SweepStudy
 from pipeline.store.artifacts import Identity, Store
-from pipeline.store.location import Location
 from pipeline.sweep.ledger import Book, Ledger
 
 
@@ -46,11 +45,8 @@ def standing(study: SweepStudy) -> Standing:
     """Where the newest attempt at a sweep stands; an empty book before the first."""
     identity, store = sweep_identity(study), Store(study.first.store)
     artifact = store.find(identity)
-    location = artifact.location if artifact else _newest(store, identity)
-    book = Ledger(location).book if location else Book()
-    return Standing(identity.address, artifact is not None, book)
-
-
-def _newest(store: Store, identity: Identity) -> Location | None:
     with store.attempt(identity, resume=True) as attempt:
-        return attempt.location
+        begun = Ledger(attempt.location)  # after a published attempt: `--retry-failed` is on its way
+    if artifact and begun.is_empty:
+        return Standing(identity.address, is_published=True, book=Ledger(artifact.location).book)
+    return Standing(identity.address, is_published=False, book=begun.book)

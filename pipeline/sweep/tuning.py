@@ -155,24 +155,31 @@ class Verdicts(FIFOScheduler):  # type: ignore[misc]
         self._rule, self._known = _make_rule(rule, campaign), set[str]()
         self.reasons: dict[str, str] = {}
         for key, tokens, loss in campaign.book.validated:
-            self._judge(key, tokens, loss)
+            self._hear(key, tokens, loss)  # a driver may have died between a verdict and the stop
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         """Always `CONTINUE`; who should stop finds it on the board."""
         job: Job = trial.config["job"]
-        entry = self._campaign.book.entries[job.key]
+        known = self._campaign.book.entries[job.key].rungs
         for row in result["told"].rows:
             tokens = int(row["tokens"])
-            if "val_loss" not in row or tokens in entry.rungs or not 0 < tokens < entry.total_tokens:
-                continue
-            if self._judge(job.key, tokens, float(row["val_loss"])):
-                rule = self._campaign.rule
-                name = rule.name if rule else ""
-                self.reasons[job.key] = (
-                    f"{name}: validation loss {row['val_loss']:.4f} at {tokens:,} tokens, others are better"
-                )
-                self._board.ask(job.key, "rule")
+            if "val_loss" in row and tokens not in known:
+                self._hear(job.key, tokens, float(row["val_loss"]))
         return str(TrialScheduler.CONTINUE)
+
+    def _hear(self, key: str, tokens: int, loss: float) -> None:
+        """A validation; who lost goes on the board. `asha` takes no later loss for that at a rung."""
+        rule, entry = self._campaign.rule, self._campaign.book.entries[key]
+        if rule is None or not 0 < tokens < entry.total_tokens:
+            return
+        batch = self._campaign.configs[key].train.batch_tokens
+        rungs = {-(-rung // batch) * batch for rung in rule.rungs(entry.total_tokens)}
+        if rule.name == "asha" and tokens not in rungs:
+            return
+        if self._judge(key, tokens, loss) and not entry.is_over:
+            why = f"{rule.name}: validation loss {loss:.4f} at {tokens:,} tokens, others are better"
+            self.reasons[key] = why
+            self._board.ask(key, "rule")
 
     def _judge(self, key: str, tokens: int, loss: float) -> bool:
         """Whether the rule would stop the trial."""

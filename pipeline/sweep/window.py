@@ -44,7 +44,10 @@ class Window:
         def tell() -> None:
             run = self._chains.of(config).run
             with self._store.attempt(run, resume=True) as attempt:
-                child = self._open(f"{run.address}/{attempt.name}", name, parent=self._run_id)
+                # what was trained before, or in the meantime, has the number of its own attempt
+                done = self._store.find(run)
+                number = done.record.attempt if done else attempt.name
+            child = self._open(f"{run.address}/{number}", name, parent=self._run_id)
             self._children[key] = child
             child.params(asked(config, "train") | {"seed": config.seed} | flatten(choices))
             tags = {"krony.address": run.address, "krony.method": config.method.name, "krony.trial": key}

@@ -63,3 +63,17 @@ def test_another_axis_is_another_sweep_and_another_number_of_slots_is_not(study,
         tmp_path, axes={"train.lr": [1e-3, 3e-3]}, seeds=[0, 1], stop={"name": "asha", "grace_tokens": 512}
     )
     assert len({address, *(sweep_identity(each).address for each in (both, turned, stopped))}) == 4
+
+
+def test_trials_that_are_tried_again_are_shown_on_their_way(study, capsys):
+    campaign = begin(study)
+    with Store(study.first.store).attempt(sweep_identity(study), resume=True) as attempt:
+        for key in list(campaign.book.entries):
+            campaign.ended(key, Outcome(state="failed", reason="no luck"))
+        attempt.location.put_bytes("trials.json", b"[]")
+        attempt.publish(metrics={})
+    assert standing(study).is_published
+    begin(study).next()  # as `--retry-failed` does, in an attempt of its own
+    now = standing(study)
+    assert not now.is_published
+    assert now.book.count("running") == 1

@@ -8,12 +8,13 @@ from pipeline.chain import Chains
 from pipeline.config.schema import RayConfig, TrackingConfig
 from pipeline.store.artifacts import Store
 from pipeline.store.location import Location
+from pipeline.sweep import window as window_module
 from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.job import Outcome
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.space import space_of
 from pipeline.sweep.window import Window
-from pipeline.tracking.tracker import open_tracker
+from pipeline.tracking.tracker import NullTracker, open_tracker
 
 ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.0}, {"step": 4, "tokens": 512, "loss": 4.0, "val_loss": 4.1}]
 
@@ -95,3 +96,23 @@ def test_no_tracker_is_no_trouble(study, tmp_path):
     window.rows(spec.key, ROWS)
     window.end(entry, None, step=0)
     window.close("FINISHED")
+
+
+def test_a_trial_that_was_trained_before_keeps_its_row(study, tmp_path, monkeypatch):
+    opened: list[str] = []
+
+    def remember(uri: str, *, run_id: str, **more: object) -> NullTracker:
+        opened.append(run_id)
+        return NullTracker()
+
+    monkeypatch.setattr(window_module, "open_tracker", remember)
+    store, spec = Store(study.first.store), space_of(study).trials[0]
+    campaign = Campaign(study.sweep, Ledger(Location(str(tmp_path / "l"))), [spec], ray=RayConfig())
+    run = Chains().of(spec.config).run
+    with store.attempt(run, resume=True) as attempt:
+        attempt.location.put_bytes("model.safetensors", b"trained")
+        attempt.publish(metrics={})
+    window = Window(study.first.tracking, store, run_id="sweep/toy-1/1", name="toy", asks={})
+    window.begin(campaign.book.entries[spec.key], campaign.configs[spec.key])
+    window.close("FINISHED")
+    assert opened == ["sweep/toy-1/1", f"{run.address}/1"]

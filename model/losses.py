@@ -125,19 +125,28 @@ def attention_sum(
 def _attention_divergence(
     student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], targets: Tensor, scale: float
 ) -> Tensor:
-    length = targets.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=targets.device).triu(1)
-    log_q = _attention_rows(*student, future, scale)
+    log_q = log_attention(*student, scale=scale)
     with torch.no_grad():
-        log_p = _attention_rows(*teacher, future, scale)
+        log_p = log_attention(*teacher, scale=scale)
         p = log_p.exp()
-    divergence = (p * (log_p - log_q).masked_fill(future, 0.0)).sum(dim=-1).mean(dim=1)  # (B, T)
+    divergence = (p * (log_p - log_q).masked_fill(_future(log_q), 0.0)).sum(dim=-1).mean(dim=1)  # (B, T)
     return divergence.masked_fill(targets < 0, 0.0).sum()
 
 
-def _attention_rows(query: Tensor, key: Tensor, future: Tensor, scale: float) -> Tensor:
-    scores = (query @ key.mT).float() * scale
-    return torch.log_softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+def log_attention(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
+    """Logarithms of causal attention rows (B, H, T, T), fp32, -inf in the future; both sides (B, H, T, Q).
+
+    The rows that `scaled_dot_product_attention` takes and does not show. Scores are fp32 also where the rest
+    is bf16, as they are inside of it: rounded to 8 bits, a score of 30 would be off by a tenth.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ key.float().mT * scale
+    return torch.log_softmax(scores.masked_fill(_future(scores), -torch.inf), dim=-1)
+
+
+def _future(scores: Tensor) -> Tensor:
+    """Keys that a query must not see, (T, T)."""
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
 def _in_pieces(piece: Callable[..., Tensor], *rows: Tensor, chunk: int) -> Tensor:

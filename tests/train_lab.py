@@ -17,7 +17,7 @@ import torch
 from model.config import GPT2Config, Kron, ModelSpec
 from model.export import load_native, save_native
 from model.gpt2 import GPT2
-from pipeline.config.training import TrainConfig
+from pipeline.config.training import DistillConfig, TrainConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.store.location import Location
 from pipeline.train.request import FitRequest, FitResult
@@ -61,6 +61,7 @@ class Lab:
         (folder / "init").mkdir(parents=True)
         (folder / "tokens").mkdir()
         save_native(GPT2(SPECS[model]).init_weights(seed=1), folder / "init")
+        save_native(GPT2(SPECS["dense"]).init_weights(seed=77), folder / "teacher")
         for name, seed, count in (("train-00000", 1, 900), ("train-00001", 2, 700), ("val-00000", 3, 150)):
             with ShardWriter(folder / "tokens" / f"{name}.bin") as shard:
                 shard.add(text(seed, count))
@@ -69,9 +70,11 @@ class Lab:
     def request(
         self, run: Path, *, seed: int = 5, fingerprint: str = "f" * 64, **train: object
     ) -> FitRequest:
-        """A request for a run below `run`; `train` overrides the tiny defaults."""
+        """A request for a run below `run`; `train` overrides the tiny defaults, `distill` is a table."""
+        distill = DistillConfig(**train.pop("distill", {}))
+        config = TrainConfig(**{**TRAIN, **train}, distill=distill)
         return FitRequest(
-            train=TrainConfig(**{**TRAIN, **train}),
+            train=config,
             seed=seed,
             init=Location(str(self.folder / "init")),
             tokens=Location(str(self.folder / "tokens")),
@@ -79,6 +82,7 @@ class Lab:
             val_shards=("val-00000.bin",),
             run=Location(str(run)),
             fingerprint=fingerprint,
+            teacher=Location(str(self.folder / "teacher")) if config.objective == "kd" else None,
         )
 
     def fit(self, request: FitRequest, *, stop_at: int | None = None) -> Outcome:

@@ -1,4 +1,4 @@
-"""Two processes under `torchrun` train the same model as one, from the same checkpoints."""
+"""Two processes under `torchrun` train as one does, with a teacher too, and from the same checkpoints."""
 
 import json
 
@@ -8,6 +8,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
+TERMS = {"alpha": 0.4, "hidden": 0.5, "attention": 0.5, "embedding": 0.5}
 TOLERANCE = {"loss": 1e-5, "val_loss": 1e-5, "grad_norm": 1e-3}
 
 
@@ -15,12 +16,14 @@ def test_two_ranks_are_one_and_a_run_may_change_its_world(lab, tmp_path, python)
     # 7 rows: rank 0 has three, rank 1 four, in micro-batches of two. 1 row and 1 window: rank 0 has none.
     uneven = {"batch_tokens": 112, "log_every": 1}
     single = {"batch_tokens": 16, "max_steps": 4, "val_tokens": 10}
+    kd = uneven | {"objective": "kd", "max_steps": 6, "distill": TERMS}
     alone = {
         name: lab.fit(lab.request(tmp_path / f"{name}-alone", **train))
-        for name, train in (("uneven", uneven), ("single", single))
+        for name, train in (("uneven", uneven), ("single", single), ("kd", kd))
     }
 
-    done = lab.launch(python, {tmp_path / "uneven": uneven, tmp_path / "single": single}, ranks=2)
+    together = {tmp_path / "uneven": uneven, tmp_path / "single": single, tmp_path / "kd": kd}
+    done = lab.launch(python, together, ranks=2)
     assert done.returncode == 0, done.stderr
     for name, outcome in alone.items():
         rows = json.loads((tmp_path / name / "rows.json").read_text())

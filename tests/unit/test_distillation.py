@@ -1,5 +1,7 @@
 """Distillation: the plain formula, its gradient, and what it is where it must vanish."""
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,14 @@ from model.losses import (
     cross_entropy_sum,
     distillation_sum,
     hidden_sum,
+    log_attention,
 )
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import load_study
 from pipeline.config.schema import ScratchTeacher
 from pipeline.config.training import DistillConfig, TrainConfig
 from pipeline.errors import ConfigError, TrainError
-from pipeline.store.location import Location
+from pipeline.train import distill
 from pipeline.train.distill import Distillation
 
 ARCH = GPT2Config(n_layer=3, n_head=2, n_embd=16, n_ctx=12, vocab_size=31)
@@ -145,6 +148,46 @@ def test_pieces_of_the_logits_change_neither_loss_nor_gradient() -> None:
         assert torch.allclose(gradient, found[0][1], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_rows_are_those_of_the_attention_that_runs(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = 3.0 * torch.randn(2, 2, 3, 12, 8, generator=generator)  # scores up to 40, as GPT-2 has them
+    value = torch.randn(2, 3, 12, 5, generator=generator)
+    query, key = query.to(dtype), key.to(dtype)
+    expected = F.scaled_dot_product_attention(
+        query.float(), key.float(), value, is_causal=True, scale=8**-0.5
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        rows = log_attention(query, key, scale=8**-0.5).exp()
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.sum(-1), torch.ones(2, 3, 12))
+    torch.testing.assert_close(rows @ value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_rows_are_those_inside_the_model(toy) -> None:
+    model = toy(ModelSpec.dense(ARCH), seed=1)
+    attention, x = model.h[0].attn, torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    query, key, value = attention.heads(x)
+    mixed = log_attention(query, key, scale=attention.scale).exp() @ value
+    torch.testing.assert_close(attention.c_proj(mixed.transpose(1, 2).flatten(2)), attention(x))
+
+
+def test_compiled_equals_eager(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_two = partial(chunked_distillation_sum, max_logits=12 * 2 * 31)  # tokens of both models
+    monkeypatch.setattr(distill, "chunked_distillation_sum", in_two)
+    spec = ModelSpec.dense(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_ctx=12, vocab_size=31))
+    student, teacher = (toy(spec, seed=seed) for seed in (1, 2))
+    objective = Distillation(student, teacher, EVERYTHING)
+    inputs, targets = rows(2)
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    losses = [each(inputs, targets) for each in (compiled, objective)]
+    torch.testing.assert_close(*losses)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(loss, list(student.parameters())) for loss in losses), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_temperature_keeps_the_size_of_the_gradient() -> None:
     """For large T the gradient of T^2 KL tends to (z_s - z_t) / V, logits centred (Hinton et al. 2015)."""
     generator = torch.Generator().manual_seed(0)
@@ -193,18 +236,7 @@ def test_a_weight_that_came_later_forks_no_address_of_earlier_runs() -> None:
 
 def request_of(lab, run: Path, **train):
     """A run that learns from another model of the lab."""
-    import dataclasses
-
-    from model.export import save_native
-    from model.gpt2 import GPT2
-
-    folder = lab.folder / "kd-teacher"
-    if not folder.exists():
-        arch = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_ctx=16, vocab_size=300)
-        save_native(GPT2(ModelSpec.dense(arch)).init_weights(seed=77), folder)
-    distill = DistillConfig(**train.pop("distill", {}))
-    request = lab.request(run, objective="kd", distill=distill, **train)
-    return dataclasses.replace(request, teacher=Location(str(folder)))
+    return lab.request(run, objective="kd", **train)
 
 
 def losses_of(outcome) -> list[float]:
@@ -255,7 +287,7 @@ def test_shares_of_ranks_add_up_to_one_step(lab, tmp_path: Path) -> None:
 
 def test_distillation_without_a_teacher_is_refused(lab, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="needs a teacher"):
-        lab.fit(lab.request(tmp_path / "run", objective="kd"))
+        lab.fit(dataclasses.replace(request_of(lab, tmp_path / "run"), teacher=None))
 
 
 def test_flags_reach_the_weights() -> None:
@@ -263,3 +295,17 @@ def test_flags_reach_the_weights() -> None:
     train = load_study(None, overrides=flags).first.train
     assert train.objective == "kd"
     assert train.distill.alpha == 0.2
+
+
+def test_a_compiled_run_has_the_losses_of_the_plain_one(
+    lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # traced and differentiated as by the real compiler, without minutes of code generation
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    terms = {"hidden": 0.5, "embedding": 0.5}
+    settings = {"max_steps": 2, "log_every": 1, "batch_tokens": 64, "lr": 1e-3, "distill": terms}
+    runs = [
+        lab.fit(request_of(lab, tmp_path / name, compile=name == "compiled", **settings))
+        for name in ("plain", "compiled")
+    ]
+    assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), rel=1e-5)

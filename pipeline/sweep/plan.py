@@ -18,7 +18,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.progress import say
 from pipeline.store.artifacts import Identity, Store
 from pipeline.sweep.predict import Start, starts
-from pipeline.sweep.slots import trial_slots
+from pipeline.sweep.slots import held, trial_slots
 from pipeline.sweep.space import Space, TrialSpec
 from pipeline.train.schedule import is_due
 
@@ -252,22 +252,22 @@ def _teachers(trials: Sequence[TrialSpec], chained: Mapping[str, Chain]) -> floa
 
 def _resources(study: SweepStudy, rows: Sequence[TrialPlan]) -> Resources:
     """Trials at once if this machine is the cluster, and what they hold together."""
-    ray = study.first.ray
+    ray = held(study.first, has_gpu=_gpus() > 0)
     several = max(1, ray.workers)
-    held = {
+    holds = {
         "cores": ray.cpus_per_worker * several,
         "GPUs": ray.gpus_per_worker * several,
     }
     fit = trial_slots([{"CPU": _cpus(), "GPU": _gpus()}], ray)
-    limits = {" and ".join(name for name, each in held.items() if each): fit, "their number": len(rows)}
+    limits = {" and ".join(name for name, each in holds.items() if each): fit, "their number": len(rows)}
     if study.sweep.concurrent:
         limits["sweep.concurrent"] = study.sweep.concurrent
     scarce = min(limits, key=lambda name: limits[name])
     slots = max(1, limits[scarce])
     largest = sorted((row.memory_bytes for row in rows), reverse=True)
     return Resources(
-        cpus=held["cores"],
-        gpus=held["GPUs"],
+        cpus=holds["cores"],
+        gpus=holds["GPUs"],
         fits=fit > 0,
         slots=slots,
         scarce=scarce,

@@ -120,7 +120,7 @@ class Sampler:
         config = trials[0].config
         table = to_json(config)
         for skip in self.study.sweep.skip:
-            if all(value_at(table, path) == value for path, value in skip.items()):
+            if all(_is_at(table, path, value) for path, value in skip.items()):
                 raise Refused("skipped by sweep.skip", f"{name}: skipped by sweep.skip")
         self._require_buildable(config)
         return trials
@@ -132,10 +132,15 @@ class Sampler:
     def why_twins(self, picks: Mapping[str, Any]) -> str:
         """Why a combination may train the same model as another one: something does not apply to it."""
         asked = self.choices(picks)
-        lost = [path for path in asked if path not in self.study.effective(asked)]
+        kept = self.study.effective(asked)
+        lost = [path for path in asked if path not in kept]
         if not lost:
             return "trains the same model as another trial"
-        return f"{self._method(asked)} has no {', '.join(lost)}; one trial is enough"
+        sections = dict.fromkeys(path.partition(".")[0] for path in lost)
+        table = self.study.table(kept)
+        names = [str(table.get(section, {}).get("name", section)) for section in sections]
+        verb = "has" if len(names) == 1 else "have"
+        return f"{' and '.join(names)} {verb} no {', '.join(lost)}; one trial is enough"
 
     def _landed(self, picks: Mapping[str, Any]) -> dict[str, Any]:
         """The choices that the chosen method and sections have; Refused if a condition lands in part."""
@@ -182,6 +187,12 @@ class Sampler:
         if self._names.setdefault(name, digits) != digits:
             name = f"{name} #{digits[:4]}"
         return name
+
+
+def _is_at(table: Mapping[str, Any], path: str, value: Any) -> bool:
+    """Whether a complete config has `value` at `path`; a word for a section is its name."""
+    found = value_at(table, path)
+    return bool(found == value or (isinstance(found, Mapping) and found.get("name", ...) == value))
 
 
 def trial_key(choices: Mapping[str, Any], seed: int) -> str:
@@ -285,5 +296,5 @@ def _obstacle(config: RunConfig) -> tuple[str, str] | None:
     except ShapeError as err:
         return f"a factor shape or its terms do not fit the weights ({name})", str(err)
     except ModelError as err:
-        return f"{name}: {err}", str(err)
+        return f"{name}: {str(err).removeprefix(f'{name}: ')}", str(err)
     return None

@@ -264,3 +264,14 @@ def test_a_planned_init_is_the_one_that_a_run_would_start_from(tmp_path: Path):
     row = planned.trials[0]
     init = Store(study.first.store).require(chain(row.trial.config).init)
     assert load_native(init.folder()).spec == (row.size.plan and row.size.plan.spec)
+
+
+@pytest.mark.parametrize(("device", "slots", "gpus"), [("auto", 1, 1.0), ("cpu", 8, 0.0)])
+def test_a_plan_counts_the_gpu_that_a_trial_will_hold(tmp_path, monkeypatch, device, slots, gpus):
+    monkeypatch.setattr(planning, "_gpus", lambda: 1)
+    monkeypatch.setattr(planning, "_cpus", lambda: 8)
+    (tmp_path / "text.txt").write_text("words and words\n")
+    (tmp_path / "sweep.toml").write_text(TINY + '[sweep.axes]\n"train.lr" = [1, 2, 3, 4, 5, 6, 7, 8, 9]\n')
+    study = load_sweep(tmp_path / "sweep.toml", overrides=["--train.device", device])
+    resources = plan(study, grid(study), probe=False).resources
+    assert (resources.slots, resources.gpus) == (slots, gpus)

@@ -17,7 +17,7 @@ from pipeline.compress.outlook import outlook
 from pipeline.config.load import load_study, merge, to_json, validate, with_name
 from pipeline.config.schema import RunConfig
 from pipeline.config.sweep import SweepConfig, SweepStudy, load_sweep
-from pipeline.sweep.axes import Range
+from pipeline.sweep.axes import Range, label_values
 from pipeline.sweep.space import Refused, Sampler, distributions, draw, grid, space_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -261,3 +261,28 @@ def test_the_shipped_shapes_sweep_compares_equals(monkeypatch: pytest.MonkeyPatc
         sizes += [outlook(trial.config).parameters for trial in sampler.arm(picks)]
     assert len(sizes) == 51
     assert max(sizes) - min(sizes) <= 0.002 * max(sizes)
+
+
+@pytest.mark.parametrize(
+    "named", [{"method": "dense"}, {"method.name": "dense"}, {"method": "dense", "train.lr": 1}]
+)
+def test_a_section_is_skipped_by_its_name(named):
+    space = grid(study({"method": ["kron_vl", "dense"], "train.lr": [1.0]}, skip=(named,)))
+    assert [trial.arm for trial in space.trials] == ["kron_vl"]
+    assert space.removed == {"skipped by sweep.skip": 1}
+
+
+def test_what_an_axis_does_not_reach_is_named():
+    space = grid(study({"corpus.paths": [["a"], ["b"]], "method": ["dense", "kron_vl"]}))
+    assert space.removed == {"pydocs has no corpus.paths; one trial is enough": 2}
+    both = grid(study({"method": ["dense"], "corpus.paths": [["a"]], "method.shape": [[4, 4], [2, 2]]}))
+    assert both.removed == {"pydocs and dense have no corpus.paths, method.shape; one trial is enough": 1}
+
+
+def test_values_that_are_places_are_named_by_what_they_lead_to():
+    axis = label_values("corpus.paths", [["/far/away/a.txt"], ["/far/away/b.txt"]])
+    assert axis == ['paths=["a.txt"]', 'paths=["b.txt"]']
+    assert label_values("teacher.id", ["/one/gpt", "/two/gpt", "/two/t5"]) == ["/one/gpt", "/two/gpt", "t5"]
+    assert label_values("teacher", [{"name": "hub", "id": "/x/y"}, {"name": "hub", "id": "org/z"}]) == [
+        "hub y", "hub org/z"
+    ]  # fmt: skip

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.differences import Arm, Read, Row, difference, generator, own_interval, resampled
 from analysis.names import is_number
-from analysis.schema import SCORES, checked
+from analysis.schema import SCORES, checked, rows_of
 from analysis.stats import RESAMPLES, holm
 
 SAME_SIZE = 0.005
@@ -29,7 +29,7 @@ def compared(
 
     A row whose `address` names several, one per seed, is compared as their mean.
     """
-    rows: list[Row] = [{str(key): value for key, value in row.items()} for row in scores.to_dict("records")]
+    rows = rows_of(scores)
     _group_by_size(rows)
     column = itemgetter("teacher", "measure")
     for _, members in groupby(sorted(rows, key=column), key=column):

@@ -5,7 +5,7 @@ stand under their teacher, the dense one first, then size by size, the best of e
 model are one row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis import names
 from analysis.notes import MEANING, marks_of, notes
+from analysis.schema import rows_of
 
 Layout = Literal["full", "page", "brief"]
 """Every column; small figures below others, for a screen; or what a terminal has room for."""
@@ -30,6 +31,9 @@ class Cell:
     is_best: bool = False
     address: str = ""
     """The scores record that the number comes from."""
+
+    name: str = ""
+    """What `krony report --explain` calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Table:
 
 def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
     """The table of a frame of `arms`, or of `scores`."""
-    rows = [{str(k): v for k, v in row.items()} for row in scores.to_dict("records")]
+    rows = rows_of(scores)
     measures = measure_titles(scores)
     subjects = _subjects(rows)
     columns = [Column("run", is_text=True), Column("model", is_text=True), Column("parameters")]
@@ -73,8 +77,9 @@ def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
         metric = "acc." if _first(rows, measure)["metric"] == "accuracy" else "ppl"
         columns += [Column(metric, f"{title} [{number}]"), Column("recovery", f"{title} [{number}]")]
     common = {mark for mark in MEANING if all(mark in marks_of([row]) for row in rows)}
+    heads = Heads(tuple(measures), column_names(measures, rows), row_names(rows), told_apart(rows))
     seeded = any(column.title == "seeds" for column in columns)
-    body = tuple(_row(cells, list(measures), common, layout=layout, seeded=seeded) for cells in subjects)
+    body = tuple(_row(cells, heads, common, layout=layout, seeded=seeded) for cells in subjects)
     marks_best = any(cell.is_best for row in body for cell in row)
     below = notes(rows, list(measures), marks_best=marks_best, brief=layout == "brief")
     return Table(tuple(columns), body, below, marks_best)
@@ -91,6 +96,55 @@ def measure_titles(scores: pd.DataFrame) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a row needs to know of the whole table."""
+
+    measures: tuple[str, ...]
+    columns: Mapping[str, str]
+    """Names of columns by measure."""
+
+    rows: Mapping[str, str]
+    """Names of rows by subject."""
+
+    told_apart: frozenset[tuple[Any, ...]]
+    """Where someone is significantly worse than the best: only there is a best to mark."""
+
+
+def row_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A name for each row, by its subject: its variant, or `teacher`; of namesakes with a fingerprint."""
+    plain = {
+        row["subject"]: "teacher" if row["is_dense"] else row["variant"] or row["method"] for row in rows
+    }
+    taken = list(plain.values())
+    return {
+        subject: name if taken.count(name) == 1 else f"{name}@{subject.split()[0].rpartition('-')[2]}"
+        for subject, name in plain.items()
+    }
+
+
+def column_names(
+    measures: Sequence[str] | Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """A name for each column, by its measure: its protocol, or its number where one protocol has several."""
+    protocols = {row["measure"]: row["protocol"] for row in rows}
+    taken = list(protocols.values())
+    return {
+        measure: protocols[measure] if taken.count(protocols[measure]) == 1 else str(number)
+        for number, measure in enumerate(measures, start=1)
+    }
+
+
+def contest(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Whom a cell is compared with: the same column, teacher and size."""
+    return row["measure"], row["teacher"], row["group"] if names.is_number(row["group"]) else None
+
+
+def told_apart(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[Any, ...]]:
+    """Contests in which a cell is significantly worse than the best."""
+    return frozenset(contest(row) for row in rows if row["is_best"] is False)
+
+
 def _subjects(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     """Cells by measure for each model, in the order in which the models come."""
     subjects: dict[str, dict[str, dict[str, Any]]] = {}
@@ -101,7 +155,7 @@ def _subjects(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]
 
 def _row(
     cells: dict[str, dict[str, Any]],
-    measures: Sequence[str],
+    heads: "Heads",
     common: set[str],
     *,
     layout: Layout,
@@ -113,9 +167,13 @@ def _row(
     training = names.MISSING if row["is_dense"] else trained_on(row)
     krony = names.count(row["krony_parameters"])
     small = layout == "page"
+    # a terminal has no room for what the name of the run says already
+    label = (
+        "plain_label" if layout == "brief" and heads.rows[row["subject"]] in (variant, "teacher") else "label"
+    )
     found = [
         Cell(variant, training if small and not row["is_dense"] else ""),
-        Cell(f"{row['label']} {marks}".strip()),
+        Cell(f"{row[label]} {marks}".strip()),
         Cell(
             names.count(row["parameters"]), f"{krony} without wpe" if small and krony != names.MISSING else ""
         ),
@@ -124,14 +182,15 @@ def _row(
     found += [Cell(names.share(row["share"]))]
     found += [Cell(names.MISSING if row["is_dense"] else str(row["seeds"]))] if seeded else []
     found += [Cell(training)] if layout == "full" else []
-    for measure in measures:
+    for measure in heads.measures:
         cell = cells.get(measure)
         if cell is None:
             found += [Cell(names.MISSING), Cell(names.MISSING)]
             continue
-        best = cell["is_best"] is True
+        best = cell["is_best"] is True and contest(cell) in heads.told_apart
         value = names.quantity(cell["value"], cell["metric"])
-        found += [Cell(value, interval_text(cell), best, cell["address"])]
+        name = f"{heads.rows[row['subject']]}:{heads.columns[measure]}"
+        found += [Cell(value, interval_text(cell), best, cell["address"], name)]
         found += [Cell(names.MISSING if row["is_dense"] else names.share(cell["recovery"]))]
     return tuple(found)
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis import names
 from analysis.comparison import measure_titles
+from analysis.schema import rows_of
 
 Row = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def summary(scores: pd.DataFrame) -> tuple[str, ...]:
     """One sentence on what was compared, and one per size on who is best there."""
     if scores.empty:
         return ("There are no scores in this store yet.",)
-    rows = [{str(key): value for key, value in row.items()} for row in scores.to_dict("records")]
+    rows = rows_of(scores)
     measure, title = next(iter(measure_titles(scores).items()))
     column = [row for row in rows if row["measure"] == measure]
     sized = [row for row in column if not row["is_dense"] and names.is_number(row["group"])]

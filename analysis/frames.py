@@ -34,6 +34,9 @@ class Frames:
 
     history: pd.DataFrame
     modules: pd.DataFrame
+    graph: Graph
+    """The records behind all of it."""
+
     problems: tuple[str, ...]
     """What is missing or cannot be read, one line each."""
 
@@ -65,11 +68,11 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
     problems += gaps(table)
     if not scores:
         problems += unscored(graph, table)
-    return Frames(table, combined, curves, errors, tuple(dict.fromkeys(problems)))
+    return Frames(table, combined, curves, errors, graph, tuple(dict.fromkeys(problems)))
 
 
 def _scores(paths: Sequence[tuple[Record, Lineage]]) -> list[dict[str, Any]]:
-    rows = [cell(record, lineage) for record, lineage in paths]
+    rows = _newest_exports([cell(record, lineage) for record, lineage in paths])
     subjects = {row["subject"]: row for row in rows}
     labels = [row["plain_label"] for row in subjects.values()]
     for key in ("config", "calibration"):
@@ -87,6 +90,20 @@ def _scores(paths: Sequence[tuple[Record, Lineage]]) -> list[dict[str, Any]]:
         if reference.get("parameters") and row.get("parameters"):
             row["share"] = row["parameters"] / reference["parameters"]
     return rows
+
+
+def _newest_exports(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One model per run: exports of one run hold equal weights, so the newest stands for all of them."""
+    models: dict[str, dict[str, Any]] = {}
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: (row["finished"], row["address"])):
+        owner = row["run"] if row["run"] and row["subject"].startswith("model/") else row["subject"]
+        models[owner] = row
+        cells[owner, row["measure"]] = row
+    shared = ("subject", "arm", "variant")
+    return [
+        {**row, **{key: models[owner][key] for key in shared}} for (owner, _), row in sorted(cells.items())
+    ]
 
 
 def _as_arms(scores: pd.DataFrame, combined: pd.DataFrame) -> pd.DataFrame:
@@ -146,6 +163,7 @@ def cell(record: Record, lineage: Lineage) -> dict[str, Any]:
         "config": {
             "teacher": teacher.name if teacher else None,
             "method": method,
+            "version": init.config.get("version", 1) if init else None,
             "train": train,
             "seed": run.config.get("seed") if run else None,
         },

@@ -20,9 +20,13 @@ def gaps(table: pd.DataFrame) -> list[str]:
 
 
 def unscored(graph: Graph, table: pd.DataFrame) -> list[str]:
-    """Finished runs and models that no score reaches."""
+    """Finished runs and models that no score reaches; another export of a scored run is no gap."""
     reached = {*table["subject"], *table["run"]}
-    models = [record for record in graph.of_kind("model") if record.address not in reached]
+    models = [
+        record
+        for record in graph.of_kind("model")
+        if not reached & {record.address, *(ref.address for ref in record.inputs.values())}
+    ]
     runs = [record for record in graph.of_kind("run") if record.address not in reached]
     exported = {ref.address for record in models for ref in record.inputs.values()}
     return [f"{record.address}: exported, not scored" for record in models] + [

@@ -5,17 +5,23 @@ from, and how to get it again. Everything is one file; figures are inside.
 """
 
 import base64
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import groupby
+from operator import itemgetter
 
 import jinja2
 from markupsafe import Markup, escape
 
-from analysis.comparison import Table, comparison, measure_titles
+from analysis.comparison import Table, column_names, comparison, measure_titles, row_names
 from analysis.findings import summary
 from analysis.frames import Frames
 from analysis.plots import layer_errors, loss_curves, size_quality
+from analysis.provenance import Provenance, Step, explain
+from analysis.schema import rows_of
 from analysis.tables import markdown, published_table
+from analysis.verdicts import Verdict, declared_table, differences_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +46,49 @@ class Origin:
     """Where the numbers of one row come from."""
 
     label: str
-    scores: tuple[tuple[str, str], ...]
-    """Protocol and address of each score."""
+    cells: tuple[Provenance, ...]
+    """Of each number of the row."""
 
-    path: tuple[str, ...]
-    """Addresses of model, run, init and teacher; each of every seed."""
+    @property
+    def path(self) -> tuple[Step, ...]:
+        """Model, run, init, teacher, data: of every seed, each once."""
+        steps = {
+            step.address: step for cell in self.cells for source in cell.sources for step in source.steps
+        }
+        return tuple(step for step in steps.values() if step.kind != "scores")
 
-    commits: tuple[str, ...]
-    commands: tuple[str, ...]
-    finished: str
-    warnings: tuple[str, ...]
+    @property
+    def scores(self) -> tuple[Step, ...]:
+        """The scores records of every seed and protocol."""
+        steps = [step for cell in self.cells for source in cell.sources for step in source.steps]
+        return tuple(step for step in steps if step.kind == "scores")
+
+    @property
+    def commits(self) -> tuple[str, ...]:
+        """Code that measured them."""
+        return tuple(dict.fromkeys(step.commit[:12] for step in self.scores if step.commit))
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """What measured them."""
+        return tuple(dict.fromkeys(step.command for step in self.scores if step.command))
+
+    @property
+    def finished(self) -> str:
+        """When the last of them was there."""
+        return max(step.finished for step in self.scores)
+
+    @property
+    def settings(self) -> tuple[tuple[str, str], ...]:
+        """Configurations on the path, those of the scores left out."""
+        return tuple(pair for pair in self.cells[0].settings if not pair[0].startswith("scores."))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the path."""
+        found = [warning for cell in self.cells for source in cell.sources for warning in source.warnings]
+        dirty = any(step.is_dirty for step in (*self.scores, *self.path))
+        return tuple(dict.fromkeys([*found, *(["made from uncommitted code"] if dirty else [])]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +100,10 @@ class Page:
     table: Table
     wide: Table
     """The same table with small figures in its cells."""
+    declared: Table
+    """Comparisons that were declared before anything was run; without rows if there are none."""
+    differences: Table
+    """Every model against the best of its size."""
     published: Table
     figures: tuple[Figure, ...]
     origins: tuple[Origin, ...]
@@ -83,16 +126,18 @@ class Page:
         return render("page.md.j2", self)
 
 
-def build_page(frames: Frames, *, store: str, written: str) -> Page:
+def build_page(frames: Frames, *, store: str, written: str, verdicts: Sequence[Verdict] = ()) -> Page:
     """Everything a report says about these frames; `written` is the time of the newest record."""
     commands = frames.scores["command"].dropna()
     return Page(
         summary=summary(frames.arms),
         table=comparison(frames.arms),
         wide=comparison(frames.arms, layout="page"),
+        declared=declared_table(verdicts),
+        differences=differences_table(frames.arms),
         published=published_table(),
         figures=figures(frames),
-        origins=tuple(_origins(frames)),
+        origins=tuple(_origins(frames, store)),
         problems=frames.problems,
         commands=tuple(dict.fromkeys(str(command) for command in commands if command)),
         store=store,
@@ -129,28 +174,14 @@ def figures(frames: Frames) -> tuple[Figure, ...]:
     return tuple(figure for figure in drawn if figure.svg)
 
 
-def _origins(frames: Frames) -> list[Origin]:
+def _origins(frames: Frames, store: str) -> Iterator[Origin]:
     """Of each row of the table, with every seed behind it."""
-    found = []
-    for subject, arm in frames.arms.groupby("subject", sort=False):
-        cells = frames.scores[frames.scores["subject"].isin(str(subject).split())]
-        rows = cells.to_dict("records")
-        path = [row[key] for key in ("subject", "run", "init", "teacher") for row in rows if row[key]]
-        warnings = [f"changed after use: {row['drifted']}" for row in rows if row["drifted"]]
-        warnings += [f"no record any more: {row['missing']}" for row in rows if row["missing"]]
-        warnings += ["made from uncommitted code"] if any(row["dirty"] is True for row in rows) else []
-        found.append(
-            Origin(
-                label=arm["label"].iloc[0],
-                scores=tuple((row["protocol"], row["address"]) for row in rows),
-                path=tuple(dict.fromkeys(path)),
-                commits=tuple(dict.fromkeys(row["commit"][:12] for row in rows if row["commit"])),
-                commands=tuple(dict.fromkeys(row["command"] for row in rows if row["command"])),
-                finished=max(row["finished"] for row in rows),
-                warnings=tuple(dict.fromkeys(warnings)),
-            )
-        )
-    return found
+    rows = rows_of(frames.arms)
+    heads, columns = row_names(rows), column_names(measure_titles(frames.arms), rows)
+    for subject, members in groupby(rows, key=itemgetter("subject")):
+        cells = list(members)
+        named = [f"{heads[subject]}:{columns[cell['measure']]}" for cell in cells]
+        yield Origin(cells[0]["label"], tuple(explain(frames, name, store=store) for name in named))
 
 
 def render(name: str, page: object) -> str:

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,10 @@ import pandas as pd
 from analysis.comparison import comparison
 from analysis.frames import Frames, load_frames
 from analysis.page import build_page
+from analysis.provenance import Provenance, explain
 from analysis.tables import csv, latex, markdown, terminal
+from analysis.traces import losses
+from analysis.verdicts import Pairs, declared, declared_table
 from pipeline.store.artifacts import Store
 from pipeline.store.location import Location
 
@@ -31,15 +35,22 @@ class Report:
         return json.dumps(kept, indent=1)
 
 
-def write_report(store: Store | str, out: Path, *, scores: Sequence[str] = ()) -> Report:
+def write_report(
+    store: Store | str, out: Path, *, scores: Sequence[str] = (), comparisons: Pairs = ()
+) -> Report:
     """Write page, tables and figures of a store into `out`; `scores` limits them to these addresses.
 
-    Never fails for what a store lacks: that is said on the page. The same store gives the same bytes.
+    `comparisons` are pairs of variants that were declared beforehand. Never fails for what a store lacks:
+    that is said on the page. The same store gives the same bytes.
     """
     opened = store if isinstance(store, Store) else Store(store)
     frames = load_frames(opened, scores=scores)
     finished = frames.scores["finished"].dropna()
-    page = build_page(frames, store=opened.root.uri, written=str(max(finished, default="")))
+    problems: list[str] = []
+    verdicts = declared(frames.scores, frames.arms, comparisons, partial(losses, opened), problems)
+    frames = replace(frames, problems=tuple(dict.fromkeys([*frames.problems, *problems])))
+    written = str(max(finished, default=""))
+    page = build_page(frames, store=opened.root.uri, written=written, verdicts=verdicts)
     table = comparison(frames.arms)
     place = Location.of(out)
     contents = {
@@ -54,6 +65,7 @@ def write_report(store: Store | str, out: Path, *, scores: Sequence[str] = ()) -
     for key, text in contents.items():
         place.put_bytes(key, text.encode())
     shown = terminal(comparison(frames.arms, layout="brief"))
+    shown += f"\n\ndeclared comparisons\n{terminal(declared_table(verdicts))}" if verdicts else ""
     missing = "".join(f"\nmissing   {problem}" for problem in frames.problems)
     return Report(out / "report.html", out / "report.md", shown + missing, frames)
 
@@ -62,3 +74,9 @@ def comparison_table(store: Store | str, *, scores: Sequence[str] = ()) -> str:
     """The comparison table of a store for a terminal; writes nothing."""
     opened = store if isinstance(store, Store) else Store(store)
     return terminal(comparison(load_frames(opened, scores=scores).arms, layout="brief"))
+
+
+def explained(store: Store | str, cell: str, *, scores: Sequence[str] = ()) -> Provenance:
+    """The provenance of the cell `ROW:COLUMN` of that report; raises ConfigError listing what there is."""
+    opened = store if isinstance(store, Store) else Store(store)
+    return explain(load_frames(opened, scores=scores), cell, store=opened.root.uri)

@@ -27,6 +27,7 @@ SCORES: Mapping[str, str] = {
     "windows": "int",
     "unit": "str",
     "label": "str",
+    "plain_label": "str",
     "variant": "str",
     "method": "str",
     "is_dense": "bool",
@@ -100,3 +101,8 @@ def checked(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> pd.
                 f"column {column!r} should be {kind}: {err}; the record that holds it is damaged"
             ) from err
     return frame
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame, by column."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]

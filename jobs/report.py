@@ -12,6 +12,7 @@ from pipeline.progress import say
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
     parser.add_argument("--sweep", metavar="NAME", help="report this sweep: name, address, or its file")
+    parser.add_argument("--explain", metavar="CELL", help="where one number comes from: ROW:COLUMN")
     parser.add_argument("--sync", action="store_true", help="also tell MLflow every run that it missed")
 
 
@@ -52,17 +53,18 @@ def _sweep(arguments: Arguments) -> None:
 
 
 def _store(arguments: Arguments) -> None:
-    from analysis.report import write_report
+    from analysis.report import explained, write_report
     from pipeline.chain import chain
-    from pipeline.store.artifacts import Store
 
-    study = arguments.study
-    wanted = []
-    if arguments.options.config:
-        for config in study.configs:
-            links = chain(config)
-            wanted += [i.address for i in (*links.teacher_scores.values(), *links.scores.values())]
-    report = write_report(Store(study.first.store), arguments.options.out, scores=list(dict.fromkeys(wanted)))
+    study, options = arguments.study, arguments.options
+    links = [chain(config) for config in study.configs if options.config]
+    found = [i.address for link in links for i in (*link.teacher_scores.values(), *link.scores.values())]
+    store, scores = study.first.store, list(dict.fromkeys(found))
+    if options.explain:
+        origin = explained(store, options.explain, scores=scores)
+        print(origin.json() if arguments.json else origin.text())
+        return
+    report = write_report(store, options.out, scores=scores, comparisons=study.comparisons)
     print(report.json() if arguments.json else report.table)
     if not arguments.quiet and not arguments.json:
         print(f"\nreport    {report.html}\n          {report.markdown}")

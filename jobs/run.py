@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     addresses += [address for artifact in swept for address in scores_of(artifact)]
     from analysis.report import write_report
 
-    report = write_report(work.store, arguments.options.out, scores=addresses)
+    pairs = arguments.study.comparisons
+    report = write_report(work.store, arguments.options.out, scores=addresses, comparisons=pairs)
     print(report.json() if arguments.json else report.table)
     config = work.config
     print(f"\nreport    {report.html}\n          {report.markdown}", flush=True)

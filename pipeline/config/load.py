@@ -45,6 +45,9 @@ class Study:
     sweeps: tuple[Path, ...] = ()
     """Files of sweeps that `krony run` adds to the table: `sweeps = ["sweeps/main.toml"]`."""
 
+    comparisons: tuple[tuple[str, str], ...] = ()
+    """Pairs of variants that the study is made to decide: `comparisons = [["van-loan", "svd"]]`."""
+
     @property
     def first(self) -> RunConfig:
         """The config that speaks for what all variants share."""
@@ -65,6 +68,7 @@ def load_study(path: Path | None, *, overrides: Sequence[str] = ()) -> Study:
     sweeps = raw.pop("sweeps", [])
     if not isinstance(sweeps, list) or not all(isinstance(each, str) for each in sweeps):
         raise ConfigError(f"{source}: sweeps={sweeps!r} must be an array of names of sweep files")
+    comparisons = raw.pop("comparisons", [])
     configs = []
     for table in variants or [{}]:
         merged = merge(merge(raw, table), flags)
@@ -75,7 +79,22 @@ def load_study(path: Path | None, *, overrides: Sequence[str] = ()) -> Study:
             raise ConfigError(
                 f"{source}: {names.count(name)} variants are named {name!r}; give each its own name"
             )
-    return Study(tuple(configs), source, tuple(map(Path, sweeps)))
+    return Study(tuple(configs), source, tuple(map(Path, sweeps)), _pairs(comparisons, names, source))
+
+
+def _pairs(raw: Any, variants: Sequence[str], source: str) -> tuple[tuple[str, str], ...]:
+    """Declared comparisons; raises ConfigError unless each names two variants of the study."""
+    if not isinstance(raw, list) or not all(isinstance(each, list) and len(each) == 2 for each in raw):
+        raise ConfigError(f'{source}: comparisons={raw!r} must be pairs of variants: [["van-loan", "svd"]]')
+    for first, second in raw:
+        for name in (first, second):
+            if name not in variants:
+                near = difflib.get_close_matches(str(name), variants, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(variants)}"
+                raise ConfigError(f"{source}: comparisons: no variant is named {name!r}; {hint}")
+        if first == second:
+            raise ConfigError(f"{source}: comparisons: {first!r} is compared with itself; name two")
+    return tuple((first, second) for first, second in raw)
 
 
 def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -101,7 +120,10 @@ def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return table
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends={parent!r} must be the name of one file")
-    return merge(read_toml(path.parent / parent, seen=(*seen, path)), table)
+    below = read_toml(path.parent / parent, seen=(*seen, path))
+    if "variants" in table:  # comparisons are between variants: other ones need their own
+        below.pop("comparisons", None)
+    return merge(below, table)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = ()) -> SweepStudy:
     source = str(path)
     raw, flags = read_toml(path), flag_table(overrides, base=Path.cwd())
     below, above = raw.pop("sweep", None), flags.pop("sweep", {})
-    for key in ("variants", "sweeps"):
+    for key in ("variants", "sweeps", "comparisons"):
         raw.pop(key, None)
     if not isinstance(below, Mapping):
         raise ConfigError(f"{source}: has no [sweep] section; docs/sweeps.md shows one")

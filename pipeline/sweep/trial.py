@@ -18,6 +18,7 @@ import ray
 from ray import tune
 
 from pipeline.config.schema import RunConfig
+from pipeline.errors import KronyError
 from pipeline.sweep.job import Channel, Job, Outcome, Why, perform
 from pipeline.sweep.shared import Task, build
 from pipeline.work import Work
@@ -147,13 +148,19 @@ def _finish_elsewhere(config: RunConfig, channel: Channel) -> None:
     answer = task.remote(config)
     while not ray.wait([answer], timeout=BEAT_S)[0]:
         channel.enter("score")  # Ray watches the task: it is alive
-    ray.get(answer)
+    if reason := _answer(answer):
+        raise KronyError(f"trained, but not exported and scored: {reason}")
 
 
-def _finish(config: RunConfig) -> None:
+def _finish(config: RunConfig) -> str:
+    """Export and score in this process; the reason in one line if that cannot be done."""
     from pipeline import stages
 
-    stages.scores(Work.on(config, quiet=True))
+    try:
+        stages.scores(Work.on(config, quiet=True))
+    except KronyError as err:  # over Ray it would arrive with a traceback
+        return " ".join(str(err).split())
+    return ""
 
 
 def spread(tasks: Sequence[Task], *, retries: int) -> list[str]:

@@ -2,7 +2,12 @@
 
 import pytest
 
-from pipeline.sweep.tuning import reason_of
+from pipeline import stages
+from pipeline.config.schema import RunConfig
+from pipeline.errors import DataError
+from pipeline.sweep.trial import _finish
+from pipeline.sweep.reasons import reason_of
+from pipeline.work import Work
 
 KILLED = """Failure # 1 (occurred at 2026-01-01_00-00-00)
 The actor died unexpectedly before finishing this task.
@@ -36,3 +41,12 @@ The actor is not schedulable.
 )
 def test_reasons(text, reason, is_bug):
     assert reason_of(text) == (reason, is_bug)
+
+
+def test_a_trial_that_cannot_be_scored_says_why_in_a_line(monkeypatch):
+    def scores(work: object) -> None:
+        raise DataError("no text\n at all")
+
+    monkeypatch.setattr(stages, "scores", scores)
+    monkeypatch.setattr(Work, "on", lambda config, quiet: None)
+    assert _finish(RunConfig()) == "no text at all"

@@ -41,17 +41,20 @@ def _sweep(config: Path, overrides: Sequence[str], *, as_json: bool) -> int:
             json.dumps({"address": found.address, "published": found.is_published, "trials": rows}, indent=1)
         )
         return 0
-    for entry in entries:
+    done = [f"{entry.tokens:,}/{entry.total_tokens:,} tokens" for entry in entries]
+    wide, long = (max(map(len, words), default=0) for words in ([entry.name for entry in entries], done))
+    for entry, tokens in zip(entries, done, strict=True):
         loss = f"{entry.val_loss:.4f}" if entry.val_loss is not None else "–"
-        done = f"{entry.tokens:,}/{entry.total_tokens:,} tokens"
-        print(f"{entry.state:<10}{entry.name:<36}{done:>30}{loss:>10}  {entry.reason}".rstrip())
+        print(f"{entry.state:<10}{entry.name:<{wide}}  {tokens:>{long}}{loss:>10}  {entry.reason}".rstrip())
     if not entries:
         print(f"{found.address}: not begun; `krony sweep {config} --plan` shows its trials")
         return 0
     over = sum(entry.is_over for entry in entries)
     failed = found.book.count("failed")
     notes = [f"{failed} failed (--retry-failed runs them again)"] if failed else []
-    if not found.is_published:
+    if not found.is_published and not found.book.heard_at:
+        notes.append("none has started yet: what they share comes first")
+    elif not found.is_published:
         notes.append(f"last heard of {duration(max(0.0, time.time() - found.book.heard_at))} ago")
     print(" · ".join([f"{found.address}: {over} of {len(entries)} trials are over", *notes]))
     return 0

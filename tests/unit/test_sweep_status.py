@@ -27,6 +27,9 @@ def begin(study) -> Campaign:
 
 def test_every_trial_says_its_state_and_why(study, tmp_path, capsys):
     campaign = begin(study)
+    assert status.main([study.source]) == 0
+    assert "0 of 4 trials are over · none has started yet" in capsys.readouterr().out
+    campaign.ledger.tell("session", slots=2)
     first, second, third, _ = campaign.book.entries.values()
     for _ in range(3):
         campaign.next()

@@ -33,9 +33,10 @@ _OUTSIDE = ("eval", "ray", "store", "tracking", "name")
 class StopRule:
     """When a trial that does badly is stopped, in tokens of training."""
 
-    name: Literal["asha", "median", "halving"] = "asha"
+    name: Literal["asha", "median", "halving", "none"] = "asha"
     """`asha`: successive halving as results come. `median`: below the median of the others. `halving`:
-    successive halving that compares the arms of a rung once all are there, so it is deterministic.
+    successive halving that compares the arms of a rung once all are there, so it is deterministic. `none` is
+    as if the section were not there: it lifts the rule of a file that is extended.
     """
 
     grace_tokens: int = 65_536
@@ -105,6 +106,8 @@ class SweepConfig:
     """Combinations to leave out: all paths of a table have the given values."""
 
     def __post_init__(self) -> None:
+        if self.stop and self.stop.name == "none":
+            object.__setattr__(self, "stop", None)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"sweep.seeds={list(self.seeds)} must name at least one seed, and each once")
         if self.search in SAMPLED and self.samples < 1:

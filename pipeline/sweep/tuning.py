@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.sweep import StopRule
@@ -23,6 +22,7 @@ from pipeline.errors import KronyError, PreflightError, TrainError
 from pipeline.progress import Progress
 from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.job import Job, Told, Why
+from pipeline.sweep.reasons import error_text, reason_of
 from pipeline.sweep.slots import trial_resources
 from pipeline.sweep.window import Window
 
@@ -60,6 +60,9 @@ WATCH_S = 1.0
 
 START_S = 600.0
 """Seconds without any running process after which what a trial holds counts as not to be had, at least."""
+
+LOST_S = 10.0
+"""Seconds without any running process after which it is asked whether a node is left."""
 
 LIVELY = 0.05
 """Share of a core that a process must use to count as alive in a stage that tells nothing."""
@@ -258,7 +261,7 @@ class Ears(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial lost its process, or met a bug of ours."""
         key = trial.config["job"].key
-        reason, is_bug = reason_of(_error_text(trial))
+        reason, is_bug = reason_of(error_text(trial))
         if key in self._silent:
             self._silent.discard(key)
             reason = f"no sign of life for {self._silence_s:,.0f} s (sweep.silence_s)"
@@ -285,6 +288,9 @@ class Ears(tune.Callback):  # type: ignore[misc]
                 ray.kill(trial.temporary_state.ray_actor)
         if running or not self._campaign.running:
             self._heard_at = now
+        elif now - self._heard_at > LOST_S and not any(node["Alive"] for node in ray.nodes()):
+            self.failure = TrainError("Ray lost its last node; the same command goes on")
+            raise self.failure
         elif now - self._heard_at > max(self._silence_s, START_S) and self.failure is None:
             self.failure = PreflightError(
                 f"no trial could start for {now - self._heard_at:,.0f} s: what one holds "
@@ -376,22 +382,3 @@ def run_jobs(
             ray.kill(board.handle)
     if ears.failure is not None:
         raise ears.failure
-
-
-def _error_text(trial: Any) -> str:
-    """What Tune wrote down of the error; `Trial.get_error` looks where it is copied to later."""
-    path = Path(trial.error_file) if trial.error_file else None
-    return path.read_text() if path and path.is_file() else ""
-
-
-def reason_of(error: str) -> tuple[str, bool]:
-    """Why a job was lost, in one line, from Tune's text; and whether it is an error that a retry repeats."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    if "ray::" in error:  # where a remote error begins, its text says which method it left
-        return f"{lines[-1]} (a bug: please report it)", True
-    if "low on memory" in error or "OutOfMemoryError" in error:
-        return "its process was ended by Ray: the node ran out of memory", False
-    if "died unexpectedly" in error:
-        return "its process was lost: killed, or out of memory", False
-    said = next((line for line in lines if not line.startswith("Failure #")), "Ray does not say why")
-    return f"its process was lost ({said})", False

@@ -1,6 +1,6 @@
 """Sweeps on Ray: the numbers of plain trainings, resources given back, and no kill that changes the table."""
 
-import itertools
+import contextlib
 import json
 import os
 import shutil
@@ -251,11 +251,15 @@ def long_study(sweep_lab, place: Path, origin: Path, **more):
     return sweep_lab.write(place, origin=origin, axes={"train.max_steps": [400, 401]}, **more)
 
 
-def test_a_killed_and_a_silent_process_cost_time_and_nothing_else(
-    ray_local, sweep_lab, place, base, tmp_path
-):
-    shutil.copytree(base, tmp_path / "undisturbed")
-    whole = run_sweep(long_study(sweep_lab, tmp_path / "undisturbed", base), quiet=True)
+@pytest.fixture(scope="module")
+def whole(ray_local, sweep_lab, base, tmp_path_factory) -> dict[str, dict]:
+    """What comes of them if nothing happens."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(base, folder / "undisturbed")
+    return measured(run_sweep(long_study(sweep_lab, folder / "undisturbed", base), quiet=True))
+
+
+def test_a_killed_and_a_silent_process_cost_time_and_nothing_else(ray_local, sweep_lab, place, base, whole):
     study = long_study(sweep_lab, place, base, silence_s=20.0)
     location = Store(study.first.store).root.child(f"{sweep_identity(study).address}/1")
     signals = iter((signal.SIGKILL, signal.SIGSTOP))
@@ -272,7 +276,7 @@ def test_a_killed_and_a_silent_process_cost_time_and_nothing_else(
     with meanwhile(disturb) as acted:
         artifact = run_sweep(study, quiet=True)
     assert acted
-    assert measured(artifact) == measured(whole)
+    assert measured(artifact) == whole
     reasons = [event["reason"] for event in read_events(artifact.location) if event["event"] == "crashed"]
     assert len(reasons) == 2
     assert any("no sign of life for 20 s" in reason for reason in reasons)
@@ -280,34 +284,41 @@ def test_a_killed_and_a_silent_process_cost_time_and_nothing_else(
     assert_all_given_back(ray_local)
 
 
-def test_a_killed_driver_changes_nothing(sweep_lab, place, base, tmp_path, ray_local):
-    shutil.copytree(base, tmp_path / "undisturbed")
-    whole = run_sweep(long_study(sweep_lab, tmp_path / "undisturbed", base), quiet=True)
+def test_a_killed_raylet_and_a_killed_driver_change_nothing(sweep_lab, place, base, whole):
     study = long_study(sweep_lab, place, base)
     location = Store(study.first.store).root.child(f"{sweep_identity(study).address}/1")
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.cli",
-        "sweep",
-        str(place / "sweep.toml"),
-        "--out",
-        str(place / "report"),
-    ]
+    command = [sys.executable, "-m", "jobs.cli", "sweep", str(place / "sweep.toml")]
+    command += ["--out", str(place / "report")]
     surroundings = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    driver = subprocess.Popen(command, cwd=place, env=surroundings)
-    while sum(event["event"] == "validated" for event in read_events(location)) < 30:
-        assert driver.poll() is None
-        time.sleep(0.05)
+
+    def start(validations: int) -> subprocess.Popen[str]:
+        """A driver of its own, once its trials have so many validations on record."""
+        driver = subprocess.Popen(command, cwd=place, env=surroundings, stderr=subprocess.PIPE, text=True)
+        while sum(event["event"] == "validated" for event in read_events(location)) < validations:
+            assert driver.poll() is None
+            time.sleep(0.05)
+        return driver
+
+    driver = start(10)
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet" or process.name().startswith("ray::"):
+                process.kill()
+    _, said = driver.communicate(timeout=240)
+    assert driver.returncode not in (0, 2)
+    assert "Traceback" not in said
+    assert "the same command goes on" in said.splitlines()[-1]
+
+    driver = start(30)
     driver.kill()
-    driver.wait()
+    driver.communicate()
     events = read_events(location)
     assert not any(event["event"] == "ended" and event["state"] == "finished" for event in events)
+
     done = subprocess.run(command, cwd=place, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = Store(study.first.store).find(sweep_identity(study))
     assert found is not None
-    assert measured(found) == measured(whole)
+    assert measured(found) == whole
     assert (place / "report" / "sweep.html").exists()
-    starts = itertools.groupby(e["event"] for e in read_events(found.location) if e["event"] == "session")
-    assert [len(list(group)) for _, group in starts] == [2]
+    assert sum(event["event"] == "session" for event in read_events(found.location)) == 3

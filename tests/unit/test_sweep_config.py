@@ -196,3 +196,9 @@ def test_places_on_the_command_line_are_relative_to_where_it_is_typed(tmp_path, 
     text = 'corpus = { name = "files", paths = ["z.txt"] }\n[sweep]\n'
     study = sweep(tmp_path, text, "--sweep.axes.corpus.paths", '[["a.txt"], ["b.txt"]]')
     assert study.sweep.axes == {"corpus.paths": [[str(tmp_path / "a.txt")], [str(tmp_path / "b.txt")]]}
+
+
+def test_a_stop_rule_of_an_extended_file_can_be_lifted(tmp_path):
+    axes = '[sweep.stop]\nname = "halving"\n[sweep.axes]\n"train.lr" = [1.0, 2.0]'
+    assert sweep(tmp_path, axes).sweep.stop == StopRule(name="halving")
+    assert sweep(tmp_path, axes, "--sweep.stop.name", "none").sweep.stop is None

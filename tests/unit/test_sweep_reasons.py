@@ -5,8 +5,8 @@ import pytest
 from pipeline import stages
 from pipeline.config.schema import RunConfig
 from pipeline.errors import DataError
-from pipeline.sweep.trial import _finish
 from pipeline.sweep.reasons import reason_of
+from pipeline.sweep.trial import _finish
 from pipeline.work import Work
 
 KILLED = """Failure # 1 (occurred at 2026-01-01_00-00-00)

@@ -80,6 +80,15 @@ def separable_metric_kron(
     return WeightedFit(left=left, right=right, loss=loss, energy=energy, convergence=how)
 
 
+def separable_metric_values(weight: Tensor, first: Tensor, second: Tensor, shape: KronShape) -> Tensor:
+    """Singular values of R((C1 (x) C2)^1/2 W), descending: squared, what each term is worth in C1 (x) C2."""
+    check_weight(weight, shape)
+    blocks = weight.detach().double().reshape(shape.m1, shape.m2, shape.n1, shape.n2)
+    if shape.m1 * shape.n1 >= shape.m2 * shape.n2:
+        return _separable_pair(blocks, first.double(), second.double(), 1)[2]
+    return _separable_pair(blocks.permute(1, 0, 3, 2), second.double(), first.double(), 1)[2]
+
+
 def _separable_pair(blocks: Tensor, big: Tensor, small: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
     """Projection form on blocks (m1, m2, n1, n2) with the second factor on the small side of R(W)."""
     _, m2, _, n2 = blocks.shape

@@ -138,7 +138,7 @@ def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budg
     terms = choice.terms or max(1, _most_terms(spec, choice, budget))
     result = with_kron_mlp(spec, choice, terms=terms)
     what = f"{method} {', '.join(map(str, shapes))}, terms = {terms}"
-    budget.check(result, what=what, hint=lambda: _nearest(spec, choice, budget))
+    budget.check(result, what=what, hint=lambda: nearest_that_fit(spec, choice, budget))
     notes = [note for shape in shapes if (note := rank_warning(shape, terms))]
     for shape in shapes:
         macs, dense = terms * min(shape.macs()), shape.rows * shape.cols
@@ -150,7 +150,7 @@ def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budg
     return Plan(method=method, source=spec, spec=result, notes=tuple(notes))
 
 
-def _base(spec: ModelSpec, choice: KronChoice, budget: Budget) -> Size:
+def base_size(spec: ModelSpec, choice: KronChoice, budget: Budget) -> Size:
     """The cost of everything but the matrices to be replaced, as far as it is capped."""
     names = {f"h.{i}.{role}" for i in chosen_blocks(spec, choice.layers) for role in (UP, DOWN)}
     replaced = [site for site in spec.sites() if site.name in names]
@@ -171,7 +171,7 @@ def _most_terms(spec: ModelSpec, choice: KronChoice, budget: Budget) -> int:
     shapes = chosen_shapes(spec, choice).values()
     limit = 1 if choice.one_term else min(shape.max_terms for shape in shapes)
     step = _step(shapes, scales=choice.scales)
-    return budget.most(_base(spec, choice, budget), step, limit=limit)
+    return budget.most(base_size(spec, choice, budget), step, limit=limit)
 
 
 def shapes_at(spec: ModelSpec, choice: KronChoice, budget: Budget) -> list[tuple[KronShape, int]]:
@@ -180,7 +180,7 @@ def shapes_at(spec: ModelSpec, choice: KronChoice, budget: Budget) -> list[tuple
     widths = {spec.blocks[i].mlp_hidden for i in blocks}
     if len(widths) > 1:
         return []
-    base, found = _base(spec, choice, budget), []
+    base, found = base_size(spec, choice, budget), []
     for shape in legal_shapes(spec.arch.n_embd, widths.pop()):
         step = _step([shape] * len(blocks), scales=choice.scales)
         terms = budget.most(base, step, limit=1 if choice.one_term else shape.max_terms)
@@ -189,7 +189,7 @@ def shapes_at(spec: ModelSpec, choice: KronChoice, budget: Budget) -> list[tuple
     return found
 
 
-def _nearest(spec: ModelSpec, choice: KronChoice, budget: Budget, *, count: int = 3) -> str:
+def nearest_that_fit(spec: ModelSpec, choice: KronChoice, budget: Budget, *, count: int = 3) -> str:
     """The shapes nearest to the one asked for that keep the budget with some number of terms."""
     if choice.layer_shapes:
         return "change layer_shapes, terms or the cap"

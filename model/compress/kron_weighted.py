@@ -8,17 +8,19 @@ iterations it took and by how much the last one still fell.
 import torch
 from torch import Tensor
 
-from model.algebra.activation import activation_kron
+from model.algebra.activation import activation_kron, nearest_kron_psd, separable_metric_values
 from model.algebra.alternate import Solver
 from model.algebra.bias import corrected_bias
 from model.algebra.psd import centred
+from model.algebra.shapes import KronShape
 from model.algebra.weighted import weighted_kron
 from model.compress.assemble import report_module, transplant
 from model.compress.budget import Budget
-from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, StatsSpec
+from model.compress.contract import CompressedModel, Gains, ModuleReport, Plan, Stats, StatsSpec
 from model.compress.kron_plan import KronChoice, kron_stats, plan_kron_mlp
 from model.compress.kron_recipe import Alternating, KronAct, KronActPerm, KronFisher
-from model.compress.kronecker import course, kron_layer, measured, set_factors
+from model.compress.kronecker import course, kron_layer, measured, set_factors, term_gains
+from model.compress.term_plan import plan_terms, plan_terms_by_gain
 from model.config import ModelError, ModelSpec
 from model.gpt2 import GPT2
 from model.layers.kronecker import KroneckerLinear
@@ -87,7 +89,21 @@ class KronActMethod:
 
     def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
         """As `kron_vl`."""
-        return plan_kron_mlp(self.name, arch, KronChoice.of(self.config), budget)
+        return plan_terms(self.name, arch, self.config, budget)
+
+    def gains(self, model: GPT2, stats: Stats | None = None) -> Gains:
+        """As `kron_vl`, in the product nearest to the metric; with one row in a factor that is the metric."""
+        gathered = measured(stats, self.name, self.config.needs)
+
+        def values(name: str, weight: Tensor, shape: KronShape) -> Tensor:
+            metric, _ = input_metric(gathered, name, self.config)
+            return separable_metric_values(weight, *nearest_kron_psd(metric, shape.m1, shape.m2), shape)
+
+        return term_gains(model, self.config, values)
+
+    def plan_by_gain(self, arch: ModelSpec, budget: Budget, gains: Gains) -> Plan:
+        """Terms where they gain most."""
+        return plan_terms_by_gain(self.name, arch, self.config, budget, gains)
 
     @torch.no_grad()
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:

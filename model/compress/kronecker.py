@@ -4,6 +4,8 @@
 `kron_prune` is Krony-PT's pruning start: a strided choice of rows and columns stands for all of them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,18 @@ from model.algebra.shapes import KronShape
 from model.algebra.strided import pair_offsets, strided_energy, strided_kron
 from model.compress.assemble import report_module, transplant
 from model.compress.budget import Budget
-from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, StatsSpec, Unmeasured
-from model.compress.kron_plan import DOWN, UP, KronChoice, chosen_blocks, kron_stats, plan_kron_mlp
-from model.compress.kron_recipe import KronPrune, KronVL
+from model.compress.contract import CompressedModel, Gains, ModuleReport, Plan, Stats, StatsSpec, Unmeasured
+from model.compress.kron_plan import (
+    DOWN,
+    UP,
+    KronChoice,
+    chosen_blocks,
+    chosen_shapes,
+    kron_stats,
+    plan_kron_mlp,
+)
+from model.compress.kron_recipe import KronPrune, KronRecipe, KronVL
+from model.compress.term_plan import plan_terms, plan_terms_by_gain
 from model.config import ModelError, ModelSpec
 from model.gpt2 import GPT2
 from model.layers.kronecker import KroneckerLinear
@@ -64,6 +75,25 @@ def course(how: Convergence) -> dict[str, float | str]:
     }
 
 
+@torch.no_grad()
+def term_gains(model: GPT2, recipe: KronRecipe, values: Callable[[str, Tensor, KronShape], Tensor]) -> Gains:
+    """What every further term gains at each matrix, as a share of all that it has.
+
+    `values` are the singular values of a weight (m, n) rearranged to a shape, in the metric of the method.
+    Outputs of different matrices have different units, so losses are compared as shares.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    for i, up in chosen_shapes(model.spec, KronChoice.of(recipe)).items():
+        for name, shape in ((f"h.{i}.{UP}", up), (f"h.{i}.{DOWN}", up.transposed())):
+            squares = values(name, model.site(name).weight_matrix(), shape).square()
+            found[name] = tuple((squares / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)).tolist())
+    return found
+
+
+def _plain_values(_name: str, weight: Tensor, shape: KronShape) -> Tensor:
+    return nearest_kron(weight, shape, terms=1).sigma
+
+
 class KronVLMethod:
     """Van Loan and Pitsianis, see `model.compress.kron_recipe.KronVL`."""
 
@@ -78,7 +108,15 @@ class KronVLMethod:
 
     def plan(self, arch: ModelSpec, budget: Budget, stats: Stats | None = None) -> Plan:
         """Both MLP matrices of the chosen blocks as Kronecker sums."""
-        return plan_kron_mlp(self.name, arch, KronChoice.of(self.config), budget)
+        return plan_terms(self.name, arch, self.config, budget)
+
+    def gains(self, model: GPT2, stats: Stats | None = None) -> Gains:
+        """Squared singular values of the rearranged weights by module, as shares of what a module has."""
+        return term_gains(model, self.config, _plain_values)
+
+    def plan_by_gain(self, arch: ModelSpec, budget: Budget, gains: Gains) -> Plan:
+        """Terms where they gain most."""
+        return plan_terms_by_gain(self.name, arch, self.config, budget, gains)
 
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
         """Exact and deterministic: the seed changes nothing."""

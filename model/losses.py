@@ -8,6 +8,7 @@ largest tensor of a step; the `chunked_` forms make them in pieces, and again in
 # N tokens · C width · V vocabulary · B batch · H heads · T positions · Q width of a query or key
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +64,49 @@ def distillation_sum(
         )
     if not (0.0 <= alpha <= 1.0 and temperature > 0.0):
         raise ModelError(f"alpha={alpha} must lie in [0, 1] and temperature={temperature} above 0")
-    log_p = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    if not torch.compiler.is_compiling():
+        mix = alpha, temperature
+        loss: Tensor = _Distilled.apply(student, teacher.detach(), targets, mix)  # type: ignore[no-untyped-call]
+        return loss
+    log_p = F.log_softmax(teacher.detach().float() / temperature, dim=-1)  # a compiler fuses this by itself
     log_q = F.log_softmax(student.float() / temperature, dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (...)
-    divergence = divergence.masked_fill(targets < 0, 0.0).sum()
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).masked_fill(targets < 0, 0.0).sum()
     return alpha * cross_entropy_sum(student, targets) + (1.0 - alpha) * temperature**2 * divergence
+
+
+class _Distilled(torch.autograd.Function):
+    """`distillation_sum` with its gradient made beside it: one tensor of the size of the logits is kept.
+
+    d/ds = alpha (softmax(s) - target) + (1 - alpha) T (softmax(s / T) - softmax(t / T)); five such tensors
+    exist at a time, those of the caller among them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, mix: tuple[float, float]
+    ) -> Tensor:
+        (alpha, temperature), ignored = mix, targets < 0
+        log_p = torch.log_softmax(teacher.float() / temperature, dim=-1)
+        log_q = torch.log_softmax(student.float() / temperature, dim=-1)
+        p = log_p.exp()
+        divergence = log_p.sub_(log_q).mul_(p).sum(dim=-1)  # (...)
+        gradient = log_q.exp_().sub_(p).mul_((1.0 - alpha) * temperature)
+        del p, log_p, log_q
+        log_q = torch.log_softmax(student.float(), dim=-1)
+        wanted = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
+        entropy = -log_q.gather(-1, wanted).squeeze(-1)
+        gradient.add_(log_q.exp_(), alpha=alpha)
+        gradient.scatter_add_(-1, wanted, gradient.new_full((), -alpha).expand(wanted.shape))
+        ctx.dtype = student.dtype
+        ctx.save_for_backward(gradient.masked_fill_(ignored.unsqueeze(-1), 0.0))
+        loss = alpha * entropy + (1.0 - alpha) * temperature**2 * divergence
+        return loss.masked_fill(ignored, 0.0).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output).to(ctx.dtype), None, None, None
 
 
 def chunked_distillation_sum(

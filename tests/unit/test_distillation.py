@@ -85,6 +85,36 @@ def test_value_and_gradient_are_those_of_the_plain_formula(toy, config: DistillC
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.3, 2.5), (0.0, 1.0), (1.0, 2.0)])
+def test_the_gradient_of_the_logits_is_that_of_the_formula(alpha: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = 5.0 * torch.randn(2, 3, 4, 11, generator=generator, dtype=torch.float64)
+    logits, taught = (each - 60.0 for each in (logits, taught))  # where GPT-2's logits are
+    targets = torch.randint(-2, 11, (3, 4), generator=generator)
+    one, other = (logits.clone().requires_grad_() for _ in range(2))
+    loss = distillation_sum(one, taught, targets, alpha=alpha, temperature=temperature)
+    counts = targets >= 0
+    p, log_p = ((taught / temperature).softmax(-1), (taught / temperature).log_softmax(-1))
+    divergence = (p * (log_p - (other / temperature).log_softmax(-1))).sum(-1)[counts].sum()
+    entropy = F.cross_entropy(other[counts], targets[counts], reduction="sum")
+    plainly = alpha * entropy + (1 - alpha) * temperature**2 * divergence
+    assert loss.item() == pytest.approx(plainly.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(0.01 * each, x)[0] for each, x in ((loss, one), (plainly, other))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+    assert not gradients[0][~counts].any()
+
+
+def test_the_gradient_of_bf16_logits_is_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = 5.0 * torch.randn(2, 20, 50, generator=generator)
+    targets = torch.randint(0, 50, (20,), generator=generator)
+    exact, rounded = logits.bfloat16().float().requires_grad_(), logits.bfloat16().requires_grad_()
+    for each in (exact, rounded):
+        (distillation_sum(each, taught, targets) / 1000).backward()
+    assert rounded.grad.dtype == torch.bfloat16
+    assert torch.equal(rounded.grad, exact.grad.bfloat16())
+
+
 def test_all_cross_entropy_is_the_plain_objective(toy) -> None:
     student, teacher = (toy(ModelSpec.dense(ARCH), seed=seed) for seed in (1, 2))
     loss = Distillation(student, teacher, DistillConfig(alpha=1.0))(*rows())

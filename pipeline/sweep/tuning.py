@@ -373,12 +373,21 @@ def run_jobs(
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
                 verbose=0,
             )
-    except ray.exceptions.RayError as err:
-        first = next(iter(str(err).strip().splitlines()), type(err).__name__)
-        raise TrainError(f"the connection to Ray was lost ({first}); the same command goes on") from err
+    except Exception as err:  # Tune wraps what is raised in its hooks
+        if (lost := _find_ray_error(err)) is not None:
+            first = next(iter(str(lost).strip().splitlines()), type(lost).__name__)
+            raise TrainError(f"the connection to Ray was lost ({first}); the same command goes on") from err
+        if ears.failure is None:
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if ray.is_initialized():
             ray.kill(board.handle)
     if ears.failure is not None:
         raise ears.failure
+
+
+def _find_ray_error(err: BaseException | None) -> ray.exceptions.RayError | None:
+    while err is not None and not isinstance(err, ray.exceptions.RayError):
+        err = err.__cause__ or err.__context__
+    return err

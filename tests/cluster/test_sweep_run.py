@@ -291,15 +291,16 @@ def test_a_killed_raylet_and_a_killed_driver_change_nothing(sweep_lab, place, ba
     command += ["--out", str(place / "report")]
     surroundings = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
 
-    def start(validations: int) -> subprocess.Popen[str]:
-        """A driver of its own, once its trials have so many validations on record."""
+    def start() -> subprocess.Popen[str]:
+        """A driver of its own, once it has put ten validations on record."""
+        before = len(read_events(location))
         driver = subprocess.Popen(command, cwd=place, env=surroundings, stderr=subprocess.PIPE, text=True)
-        while sum(event["event"] == "validated" for event in read_events(location)) < validations:
+        while sum(event["event"] == "validated" for event in read_events(location)[before:]) < 10:
             assert driver.poll() is None
             time.sleep(0.05)
         return driver
 
-    driver = start(10)
+    driver = start()
     for process in psutil.Process(driver.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.name() == "raylet" or process.name().startswith("ray::"):
@@ -309,7 +310,7 @@ def test_a_killed_raylet_and_a_killed_driver_change_nothing(sweep_lab, place, ba
     assert "Traceback" not in said
     assert "the same command goes on" in said.splitlines()[-1]
 
-    driver = start(30)
+    driver = start()
     driver.kill()
     driver.communicate()
     events = read_events(location)

@@ -7,8 +7,22 @@ from typing import Any
 from pipeline.chain import VERSIONS, Chains
 from pipeline.config.identity import identity_fields
 from pipeline.config.sweep import SweepStudy
+from pipeline.errors import ConfigError
 from pipeline.store.artifacts import Identity, Store
 from pipeline.sweep.ledger import Book, Ledger
+
+PLACES = frozenset(
+    (
+        "corpus",
+        "corpus.paths",
+        "corpus.validation_paths",
+        "tokenizer",
+        "tokenizer.path",
+        "teacher",
+        "teacher.id",
+    )
+)
+"""Axes whose values may lead to files: what these hold is part of the sweep."""
 
 
 def sweep_identity(study: SweepStudy) -> Identity:
@@ -16,8 +30,8 @@ def sweep_identity(study: SweepStudy) -> Identity:
 
     Raises DataError if a source of the base is not there.
     """
-    base = study.first
-    chain = Chains().of(base)
+    base, chains = study.first, Chains()
+    chain = chains.of(base)
     left_out = ("name", "seed")
     fields: Mapping[str, Any] = identity_fields(base)
     sweep = identity_fields(study.sweep) | {
@@ -27,9 +41,26 @@ def sweep_identity(study: SweepStudy) -> Identity:
         "sweep": sweep,
         "base": {name: value for name, value in fields.items() if name not in left_out},
     }
+    if found := {path: _contents(study, path, chains) for path in study.sweep.axes if path in PLACES}:
+        config["places"] = found
     return Identity(
         "sweep", study.name, config, {"teacher": chain.teacher, "tokens": chain.tokens}, VERSIONS["sweep"]
     )
+
+
+def _contents(study: SweepStudy, path: str, chains: Chains) -> list[str]:
+    """For each value of an axis what its files hold, as a fingerprint; empty where it is no config alone."""
+    found = []
+    values = study.sweep.axes[path]
+    for value in values if isinstance(values, list) else ():
+        try:
+            config = study.config(study.effective({path: value}), study.sweep.seeds[0])
+        except ConfigError:
+            found.append("")
+            continue
+        chain = chains.of(config)
+        found.append(f"{chain.tokens.fingerprint} {chain.teacher.fingerprint}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`krony status` of a sweep: from the ledger alone, before, during and after."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -80,3 +81,13 @@ def test_trials_that_are_tried_again_are_shown_on_their_way(study, capsys):
     now = standing(study)
     assert not now.is_published
     assert now.book.count("running") == 1
+
+
+def test_other_words_in_a_file_of_an_axis_make_another_sweep(study, tmp_path):
+    (tmp_path / "more.txt").write_text("three four")
+    axes = {"corpus.paths": [[str(tmp_path / "words.txt")], [str(tmp_path / "more.txt")]]}
+    both = replace(study, sweep=replace(study.sweep, axes=axes))
+    before = sweep_identity(both).address
+    assert sweep_identity(both).address == before
+    (tmp_path / "more.txt").write_text("five six seven")
+    assert sweep_identity(both).address != before

@@ -162,8 +162,14 @@ class Campaign:
             alive = [entry for entry in self.book.entries.values() if not entry.is_over]
             if not alive or any(entry.reach < rung for entry in alive):
                 return
-            ranked = rank_arms(self.book.entries.values(), rung, out=self.book.out)
+            there = [entry for entry in self.book.entries.values() if self._was_at(entry, rung)]
+            ranked = rank_arms(there, rung, out=self.book.out)
             self.ledger.tell("judged", rung=rung, ranked=ranked, kept=max(1, len(ranked) // rule.reduction))
+
+    def _was_at(self, entry: Entry, rung: int) -> bool:
+        """Whether it can be compared; a run trained before may have no validation at this very rung."""
+        batch = self.configs[entry.key].train.batch_tokens
+        return entry.state != "finished" or any(rung <= tokens < rung + batch for tokens in entry.rungs)
 
     # --- what was heard -------------------------------------------------------------------------------------
 

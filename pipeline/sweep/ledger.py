@@ -117,6 +117,11 @@ class Book:
         }[event["event"]]
         handle(event, at)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a session began and did not end."""
+        return self._session is not None
+
     def _drawn(self, event: Mapping[str, Any], _at: float) -> None:
         names = ("key", "name", "arm", "choices", "picks", "seed", "total_tokens")
         self.entries.setdefault(event["key"], Entry(**{name: event[name] for name in names}))
@@ -193,6 +198,7 @@ class Ledger:
         for event in read_events(location):
             self.book.apply(event)
             self._next = int(event["step"]) + 1
+        self._is_left = self.book.is_open
 
     @property
     def is_empty(self) -> bool:
@@ -211,6 +217,10 @@ class Ledger:
     def _put(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:
             self._writer = HistoryWriter(self._location, PREFIX)
+        if self._is_left:  # its driver was killed: what comes now is no time of its session
+            self._is_left = False
+            self._put({"step": self._next, "at": self.book.heard_at, "event": "end"})
+            row = {**row, "step": self._next}
         self._writer.append(row)
         self._next += 1
         self.book.apply(row)

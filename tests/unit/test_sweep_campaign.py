@@ -156,6 +156,16 @@ def test_what_was_trained_before_does_not_decide_who_goes_on(tmp_path, done_befo
     assert campaign.book.out == {"arm0", "arm2"}
 
 
+def test_a_run_trained_before_without_a_validation_at_the_rung_is_not_compared_there(tmp_path):
+    trials, world = specs(3, 1), World({"0-0": 2.0, "1-0": 1.0, "2-0": 3.0})
+    campaign = Campaign(SweepConfig(stop=HALVING), Ledger(Location(str(tmp_path))), trials, ray=RayConfig())
+    campaign.note_validations("2-0", [{"tokens": TOTAL, "val_loss": 0.5}])  # its last loss is no rung's
+    campaign.ended("2-0", Outcome(state="finished", tokens=TOTAL))
+    campaign = run(Location(str(tmp_path)), trials, world, SweepConfig(stop=HALVING))
+    assert {e.key for e in campaign.book.entries.values() if e.state == "finished"} == {"1-0", "2-0"}
+    assert campaign.book.out == {"arm0"}
+
+
 def test_a_failed_trial_that_is_asked_for_again_is_compared_again(tmp_path):
     trials, world = specs(3, 1), World({"0-0": 1.0, "1-0": 2.0, "2-0": 3.0}, frozenset({"0-0"}))
     place, sweep = Location(str(tmp_path)), SweepConfig(stop=replace(HALVING, reduction=2))
@@ -229,7 +239,7 @@ def test_jobs_are_ordinary_configs_on_an_absolute_store(tmp_path):
 
 
 def test_the_ledger_counts_sessions_and_ignores_the_time_between(tmp_path):
-    times = iter([10.0, 10.0, 12.0, 15.0, 16.0, 100.0, 101.0, 104.0])
+    times = iter([10.0, 10.0, 12.0, 15.0, 16.0, 100.0, 101.0, 101.0, 105.0])
     place = Location(str(tmp_path))
     first = Ledger(place, clock=lambda: next(times))
     campaign = Campaign(SweepConfig(), first, specs(1, 1), ray=RayConfig())  # drawn at 10
@@ -238,17 +248,17 @@ def test_the_ledger_counts_sessions_and_ignores_the_time_between(tmp_path):
     campaign.note_validations(job.key, [{"tokens": 0, "val_loss": 4.0}])  # 15
     campaign.note_validations(job.key, [{"tokens": 50, "val_loss": 3.0}])  # 16, then it is killed
     second = Ledger(place, clock=lambda: next(times))
-    campaign = Campaign(SweepConfig(), second, specs(1, 1), ray=RayConfig())
-    second.tell("session", slots=2)  # 100
+    campaign = Campaign(SweepConfig(), second, specs(2, 1), ray=RayConfig())  # one more drawn at 100
+    second.tell("session", slots=2)  # 101
     job = campaign.next()  # 101
-    campaign.ended(job.key, Outcome(state="finished", tokens=TOTAL, val_loss=2.0, train_s=3.0))  # 104
+    campaign.ended(job.key, Outcome(state="finished", tokens=TOTAL, val_loss=2.0, train_s=3.0))  # 105
     book = Ledger(place).book
     assert (book.wall_s, book.train_s, book.slots) == (10.0, 3.0, 2)
     row = book.entries[job.key].to_json()
     assert row["state"] == "finished"
     assert row["rungs"] == [[0, 4.0], [50, 3.0]]
     assert (row["val_loss"], row["val_loss_initial"], row["train_s"]) == (2.0, 4.0, 3.0)
-    assert len(read_events(place)) == 8
+    assert len(read_events(place)) == 10
 
 
 def test_ranking_uses_the_first_validation_at_or_after_the_rung(tmp_path):

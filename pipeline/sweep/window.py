@@ -21,6 +21,18 @@ from pipeline.training import asked
 _STATUS: Mapping[str, Status] = {"finished": "FINISHED", "failed": "FAILED"}
 
 
+def axes_of(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial is on each axis, as `axis.…`: a section by its name, whatever else it sets.
+
+    MLflow's comparison draws the first parameters of the alphabet that differ, so it begins with these.
+    """
+    named = {
+        path: value["name"] if isinstance(value, Mapping) and "name" in value else value
+        for path, value in choices.items()
+    }
+    return dict(flatten(named, "axis."))
+
+
 class Window:
     """The trackers of one sweep; only its driver has one."""
 
@@ -49,7 +61,7 @@ class Window:
                 number = done.record.attempt if done else attempt.name
             child = self._open(f"{run.address}/{number}", name, parent=self._run_id)
             self._children[key] = child
-            child.params(asked(config, "train") | {"seed": config.seed} | flatten(choices))
+            child.params(asked(config, "train") | {"seed": config.seed} | axes_of(choices))
             tags = {"krony.address": run.address, "krony.method": config.method.name, "krony.trial": key}
             child.tags(tags | {"krony.arm": arm, "krony.sweep": self._run_id.rpartition("/")[0]})
 

@@ -158,9 +158,13 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]
 
 
 def replay(tracker: Tracker, rows: Iterable[Mapping[str, Scalar]]) -> None:
-    """Tell a tracker a history that it may know in part; fills the gap that a failed tracker left."""
+    """Tell a tracker a history that it may know in part; fills the gap that a failed tracker left.
+
+    A validation loss goes first: MLflow's comparison begins with the metric that it was told first.
+    """
     for row in rows:
-        tracker.metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+        names = sorted(row.keys() - {"step"}, key=lambda name: (name != "val_loss", name))
+        tracker.metrics({name: row[name] for name in names}, step=int(row["step"]))
 
 
 def _beside(store: str) -> Path:

@@ -13,7 +13,7 @@ from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.job import Outcome
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.space import space_of
-from pipeline.sweep.window import Window
+from pipeline.sweep.window import Window, axes_of
 from pipeline.tracking.tracker import NullTracker, open_tracker
 
 ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.0}, {"step": 4, "tokens": 512, "loss": 4.0, "val_loss": 4.1}]
@@ -116,3 +116,16 @@ def test_a_trial_that_was_trained_before_keeps_its_row(study, tmp_path, monkeypa
     window.begin(campaign.book.entries[spec.key], campaign.configs[spec.key])
     window.close("FINISHED")
     assert opened == ["sweep/toy-1/1", f"{run.address}/1"]
+
+
+def test_axes_have_one_name_each_whatever_a_section_sets():
+    choices = {"method": {"name": "kron_prune", "eps_init": 0.1}, "method.shape": [64, 256], "train.lr": 1e-3}
+    assert axes_of(choices) == {
+        "axis.method": "kron_prune",
+        "axis.method.shape": "64x256",
+        "axis.train.lr": 1e-3,
+    }
+    assert axes_of({"method": "kron_vl", "budget": {"params": 9}}) == {
+        "axis.method": "kron_vl",
+        "axis.budget.params": 9,
+    }

@@ -167,13 +167,13 @@ def _row(
     training = names.MISSING if row["is_dense"] else trained_on(row)
     krony = names.count(row["krony_parameters"])
     small = layout == "page"
-    # a terminal has no room for what the name of the run says already
-    label = (
-        "plain_label" if layout == "brief" and heads.rows[row["subject"]] in (variant, "teacher") else "label"
-    )
+    # what tells namesakes apart is left out where the name of the run does, and small on a screen
+    named = layout == "brief" and heads.rows[row["subject"]] in (variant, "teacher")
+    label = row["plain_label"] if named or small else row["label"]
+    apart = row["label"].removeprefix(row["plain_label"]).strip() if small else ""
     found = [
         Cell(variant, training if small and not row["is_dense"] else ""),
-        Cell(f"{row[label]} {marks}".strip()),
+        Cell(f"{label} {marks}".strip(), apart),
         Cell(
             names.count(row["parameters"]), f"{krony} without wpe" if small and krony != names.MISSING else ""
         ),

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from analysis.comparison import Table, column_names, comparison, measure_titles, row_names
 from analysis.findings import summary
 from analysis.frames import Frames
-from analysis.plots import layer_errors, loss_curves, size_quality
+from analysis.plots import CROWD, layer_errors, loss_curves, size_quality
 from analysis.provenance import Provenance, Step, explain
 from analysis.schema import rows_of
 from analysis.tables import markdown, published_table
@@ -34,6 +34,8 @@ class Figure:
     title: str
     alt: str
     svg: str
+    is_wide: bool = False
+    """Drawn over the whole width of a page: its text is too small for half of it."""
 
     @property
     def data_uri(self) -> str:
@@ -169,6 +171,7 @@ def figures(frames: Frames) -> tuple[Figure, ...]:
             "Error of each replaced matrix, before training",
             "Error of each replaced weight matrix relative to its norm, by layer.",
             layer_errors(frames.modules),
+            is_wide=frames.modules["init"].nunique() > CROWD,
         ),
     ]
     return tuple(figure for figure in drawn if figure.svg)

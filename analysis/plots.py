@@ -26,6 +26,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 INK, FAINT = "#1a1a1a", "#d0d0d0"
+CROWD = 12
+"""Models above which a plot names, or draws in colour, only those that lead."""
+
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -83,14 +86,15 @@ def size_quality(scores: pd.DataFrame) -> str:
             colour = INK if point.is_dense else COLOURS[number % len(COLOURS)]
             marker = "*" if point.is_dense else MARKERS[number % len(MARKERS)]
             _draw(axes, point, colour=colour, marker=marker)
-        _front(axes, points, accuracy=accuracy)
+        leading = _front(axes, points, accuracy=accuracy)
         axes.set_xlabel("parameters, tied, position table included")
         axes.set_ylabel("accuracy (higher is better)" if accuracy else "perplexity (lower is better)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         _value_scale(axes, [point.value for point in points], accuracy=accuracy)
         axes.margins(x=0.16, y=0.14)
         axes.grid(visible=True, which="major")
-        _names(axes, points)
+        named = [point for point in points if point.is_dense or point in leading]
+        _names(axes, points if len(points) <= CROWD else named)
         legend(axes)
         return svg(figure)
 
@@ -98,16 +102,21 @@ def size_quality(scores: pd.DataFrame) -> str:
 def loss_curves(history: pd.DataFrame) -> str:
     """Validation loss of every run against the tokens it was trained on; training loss behind it, faint.
 
-    Seeds of one arm share their colour.
+    Seeds of one arm share their colour. Of a crowd the arms that end lowest have one; the others are grey.
     """
     runs = list(history.groupby(["run", "arm"], sort=False))
-    arms = list(dict.fromkeys(arm for (_, arm), _ in runs))
     if not runs:
         return ""
+    arms = _lowest(history) if history["arm"].nunique() > CROWD else list(history["arm"].unique())
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
         for (_, label), points in runs:
+            validated = points.dropna(subset=["val_loss"])
+            x, y = floats(validated["tokens"]), floats(validated["val_loss"])
+            if label not in arms:
+                axes.plot(x, y, color=FAINT, linewidth=0.9, label="others", zorder=1)
+                continue
             number = arms.index(label)
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
             marker = MARKERS[number % len(MARKERS)]
@@ -115,8 +124,6 @@ def loss_curves(history: pd.DataFrame) -> str:
             axes.plot(
                 floats(trained["tokens"]), floats(trained["loss"]), color=colour, alpha=0.25, linewidth=0.8
             )
-            validated = points.dropna(subset=["val_loss"])
-            x, y = floats(validated["tokens"]), floats(validated["val_loss"])
             every = max(1, len(x) // 8)
             axes.plot(
                 x, y, dash, color=colour, marker=marker, markersize=5, markevery=every, label=str(label)
@@ -129,32 +136,59 @@ def loss_curves(history: pd.DataFrame) -> str:
         return svg(figure)
 
 
+def _lowest(history: pd.DataFrame) -> list[Any]:
+    """As many arms as there are colours, by their last validation loss."""
+    last = history.dropna(subset=["val_loss"]).groupby("arm", sort=False)["val_loss"].last()
+    return list(last.sort_values(kind="stable").index[: len(COLOURS)])
+
+
 def layer_errors(modules: pd.DataFrame) -> str:
-    """Relative error of every replaced matrix: one map per model, a row per matrix, a column per layer."""
+    """Relative error of every replaced matrix: one map per model, a row per matrix, a column per layer.
+
+    Of a crowd one map of all: a row per model, a column per matrix and layer.
+    """
     known = modules.dropna(subset=["error"])
-    models = list(known.groupby(["init", "label"], sort=False))
-    if not models:
+    if known.empty:
         return ""
+    together = known["init"].nunique() > CROWD
+    key = "model" if together else "matrix"
+    places = known.assign(
+        model=known["label"], place=_places(known) if together else known["layer"].astype(int)
+    )
+    maps = [("", places)] if together else [(str(label), rows) for (_, label), rows in _by_init(places)]
     scale = Normalize(0.0, max(1.0, float(known["error"].max())))  # 0 exact, 1 as bad as nothing
     with rc_context(STYLE):
-        height = sum(0.62 + 0.34 * rows["matrix"].nunique() for _, rows in models) + 0.3
-        figure = Figure(figsize=(6.8, height), layout="constrained")
-        panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
-        for axes, ((_, label), rows) in zip(panels, models, strict=True):
-            grid = rows.pivot_table(index="matrix", columns="layer", values="error", observed=True).astype(
-                float
+        height = sum(0.62 + (0.24 if together else 0.34) * rows[key].nunique() for _, rows in maps) + 0.3
+        figure = Figure(figsize=(9.6 if together else 6.8, height), layout="constrained")
+        panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+        for axes, (title, rows) in zip(panels, maps, strict=True):
+            table = rows.pivot_table(
+                index=key, columns="place", values="error", observed=True, sort=not together
             )
+            grid = table.astype(float)[sorted(table.columns)]
             axes.imshow(grid.to_numpy(), cmap="cividis", norm=scale, aspect="auto")
-            axes.set_title(str(label), fontsize=10, loc="left")
-            axes.set_xticks(range(grid.shape[1]), [str(layer) for layer in grid.columns], fontsize=9)
+            axes.set_title(title, fontsize=10, loc="left")
+            turned = 90 if together else 0
+            axes.set_xticks(range(grid.shape[1]), [str(each) for each in grid.columns], fontsize=9,
+                            rotation=turned)  # fmt: skip
             axes.set_yticks(range(grid.shape[0]), [str(name) for name in grid.index], fontsize=9)
             _values(axes, grid.to_numpy(), middle=0.45)
-        panels[-1].set_xlabel("layer")
+        panels[-1].set_xlabel("matrix, layer" if together else "layer")
         bar = figure.colorbar(
             ScalarMappable(scale, "cividis"), ax=list(panels), shrink=min(1.0, 2.4 / height), pad=0.02
         )
         bar.set_label("relative error")
         return svg(figure)
+
+
+def _by_init(modules: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
+    return list(modules.groupby(["init", "label"], sort=False))
+
+
+def _places(modules: pd.DataFrame) -> list[str]:
+    digits = len(str(int(modules["layer"].max())))
+    pairs = zip(modules["matrix"], modules["layer"], strict=True)
+    return [f"{matrix} {int(layer):>{digits}}" for matrix, layer in pairs]
 
 
 def _draw(axes: Axes, point: Point, *, colour: str, marker: str) -> None:
@@ -164,7 +198,7 @@ def _draw(axes: Axes, point: Point, *, colour: str, marker: str) -> None:
         axes.vlines(point.size, *point.interval, color=colour, linewidth=1.5, zorder=2)
 
 
-def _front(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> None:
+def _front(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> list[Point]:
     """The models that no other beats in both size and quality, joined."""
     sizes = np.array([point.size for point in points])
     values = np.array([point.value for point in points])
@@ -172,6 +206,7 @@ def _front(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> None:
     order = np.argsort(sizes[front])
     x, y = sizes[front][order], values[front][order]
     axes.plot(x, y, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label="Pareto front")
+    return [point for point, is_on in zip(points, front, strict=True) if is_on]
 
 
 def _names(axes: Axes, points: Sequence[Point]) -> None:
@@ -227,7 +262,8 @@ def legend(axes: Axes) -> None:
     """The series of one panel, each once, below it."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    columns = 2 if max(map(len, unique)) > 20 else 4
+    longest = max(map(len, unique))
+    columns = 1 if longest > 36 else 2 if longest > 20 else 4
     axes.figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=columns, fontsize=9)
 
 

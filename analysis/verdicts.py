@@ -85,7 +85,7 @@ def differences_table(arms: pd.DataFrame) -> Table:
     """Every model against the best of its size, three columns per measure; empty if nothing is compared."""
     rows = rows_of(arms)
     titles = measure_titles(arms)
-    columns = [Column("run", is_text=True), Column("model", is_text=True)]
+    columns = [Column("run", is_text=True)]
     for number, title in enumerate(titles.values(), start=1):
         columns += [Column(head, f"{title} [{number}]") for head in ("worse by", "p", "detectable")]
     by_subject: dict[str, dict[str, Row]] = {}
@@ -98,7 +98,7 @@ def differences_table(arms: pd.DataFrame) -> Table:
 
 def _against_best(cells: Mapping[str, Row], measures: Sequence[str]) -> tuple[Cell, ...]:
     first = next(iter(cells.values()))
-    found = [Cell(first["variant"]), Cell(first["label"])]
+    found = [Cell(first["variant"], first["label"])]
     for measure in measures:
         row = cells.get(measure)
         if row is None:

@@ -1,8 +1,9 @@
-"""What the numbers allow to be said: an interval for each cell, and who is best at equal size.
+"""What the numbers allow to be said: an interval for each cell, and who is best at equal size and track.
 
-Models of one teacher whose parameters differ by less than half a per cent form a size group. In a group the
+Models of one teacher and track whose parameters differ by less than half a per cent are ranked together. The
 best value of a column is compared with every other, Holm-corrected; all that are not significantly worse are
-best together. Where one cell of a group has no units, nothing is said of the group: it might be the best.
+best together. Where one cell has no units, nothing is said of its rivals: it might be the best. A model on no
+track (`analysis.tracks`) is ranked with nobody.
 Where a row stands for several seeds, their noise is in its interval and in every comparison; with one seed
 each nothing is known of it.
 """
@@ -17,6 +18,7 @@ from analysis.differences import Arm, Read, Row, difference, generator, own_inte
 from analysis.names import is_number
 from analysis.schema import SCORES, checked, rows_of
 from analysis.stats import RESAMPLES, holm
+from analysis.tracks import TRACKS
 
 SAME_SIZE = 0.005
 ALPHA = 0.05
@@ -38,10 +40,12 @@ def compared(
         for arm in arms:
             if ends := own_interval(arm):
                 arm.row["low"], arm.row["high"] = ends
-        rivals = [row for row in cells if not row["is_dense"] and is_number(row["group"])]
-        for number in sorted({int(row["group"]) for row in rivals}):
-            group = [arm for arm in arms if not arm.row["is_dense"] and arm.row["group"] == number]
-            if len(group) == sum(row["group"] == number for row in rivals):
+        ranked = [row for row in cells if row["track"] in TRACKS and is_number(row["group"])]
+        contest = itemgetter("group", "track")
+        for _, rivals in groupby(sorted(ranked, key=contest), key=contest):
+            addresses = {row["address"] for row in rivals}
+            group = [arm for arm in arms if arm.row["address"] in addresses]
+            if len(group) == len(addresses):
                 _mark_best(group)
     return checked(rows, SCORES)
 
@@ -58,7 +62,7 @@ def _group_by_size(rows: Sequence[Row]) -> None:
 
 
 def _mark_best(rivals: Sequence[Arm]) -> None:
-    """Compare every cell of a column and size group with the best of them; a lone cell has no rival."""
+    """Compare every cell of a column, size and track with the best of them; a lone cell has no rival."""
     if len(rivals) < 2:
         return
     extreme = max if rivals[0].row["metric"] == "accuracy" else min

@@ -1,8 +1,8 @@
 """The comparison table: one row per model, two columns per measure, and the notes it cannot do without.
 
 A measure is a protocol on one token sequence; numbers of different measures never share a column. Models
-stand under their teacher, the dense one first, then size by size, the best of each size first; seeds of one
-model are one row.
+stand under their teacher, the dense one first, then size by size and track by track, the best of each first;
+seeds of one model are one row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,8 @@ def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
     rows = rows_of(scores)
     measures = measure_titles(scores)
     subjects = _subjects(rows)
-    columns = [Column("run", is_text=True), Column("model", is_text=True), Column("parameters")]
+    columns = [Column("run", is_text=True), Column("model", is_text=True)]
+    columns += [Column("track", is_text=True), Column("parameters")]
     columns += [Column("without wpe")] if layout == "full" else []
     columns += [Column("share")]
     columns += [Column("seeds")] if any(row["seeds"] > 1 for row in rows) else []
@@ -136,8 +137,9 @@ def column_names(
 
 
 def contest(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Whom a cell is compared with: the same column, teacher and size."""
-    return row["measure"], row["teacher"], row["group"] if names.is_number(row["group"]) else None
+    """Whom a cell is compared with: the same column, teacher, track and size."""
+    group = row["group"] if names.is_number(row["group"]) else None
+    return row["measure"], row["teacher"], row["track"], group
 
 
 def told_apart(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[Any, ...]]:
@@ -174,6 +176,7 @@ def _row(
     found = [
         Cell(variant, training if small and not row["is_dense"] else ""),
         Cell(f"{label} {marks}".strip(), apart),
+        Cell(row["track"] or names.MISSING),
         Cell(
             names.count(row["parameters"]), f"{krony} without wpe" if small and krony != names.MISSING else ""
         ),

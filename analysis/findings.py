@@ -1,7 +1,7 @@
 """What was found, in a few sentences: the first thing on a page, made from the table alone.
 
-For each size the best model under the first measure, and how it stands against its dense teacher. A tie is
-said to be one: where others are not significantly worse, the sentence counts them.
+For each size and track the best model under the first measure, and how it stands against its dense teacher.
+A tie is said to be one: where others are not significantly worse, the sentence counts them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,27 @@ import pandas as pd
 from analysis import names
 from analysis.comparison import measure_titles
 from analysis.schema import rows_of
+from analysis.tracks import TRACKS
 
 Row = Mapping[str, Any]
 
 
 def summary(scores: pd.DataFrame) -> tuple[str, ...]:
-    """One sentence on what was compared, and one per size on who is best there."""
+    """One sentence on what was compared, and one per size and track on who is best there."""
     if scores.empty:
         return ("There are no scores in this store yet.",)
     rows = rows_of(scores)
     measure, title = next(iter(measure_titles(scores).items()))
     column = [row for row in rows if row["measure"] == measure]
     sized = [row for row in column if not row["is_dense"] and names.is_number(row["group"])]
-    compressed = [row for row in sized if names.is_number(row["share"]) and row["share"] < 0.995]
-    size = itemgetter("teacher", "group")
+    compressed = [
+        {**row, "lane": TRACKS.index(row["track"])}
+        for row in sized
+        if row["track"] in TRACKS and names.is_number(row["share"]) and row["share"] < 0.995
+    ]
+    contest = itemgetter("teacher", "group", "lane")
     sentences = [_scope(rows, [row for row in column if row["is_dense"]], title)]
-    sentences += [_best(list(group)) for _, group in groupby(sorted(compressed, key=size), key=size)]
+    sentences += [_best(list(group)) for _, group in groupby(sorted(compressed, key=contest), key=contest)]
     return tuple(sentences)
 
 
@@ -47,7 +52,7 @@ def _scope(rows: Sequence[Row], dense: Sequence[Row], title: str) -> str:
 
 
 def _best(group: Sequence[Row]) -> str:
-    """Who leads a size: `At 65.9 % of the parameters kron_vl … is best of 3: perplexity 35.97, …`."""
+    """Who leads: `At 65.9 % of the parameters, track M: kron_vl … is best of 3: perplexity 35.97, …`."""
     accuracy = group[0]["metric"] == "accuracy"
     best = max(group, key=itemgetter("value")) if accuracy else min(group, key=itemgetter("value"))
     ties = [row for row in group if row["is_best"] is True and row is not best]
@@ -59,7 +64,8 @@ def _best(group: Sequence[Row]) -> str:
         f", {names.share(best['recovery'])} of the dense quality" if names.is_number(best["recovery"]) else ""
     )
     return (
-        f"At {names.share(best['share'])} of the parameters {best['label']} {place}: {_measured(best)}{kept}."
+        f"At {names.share(best['share'])} of the parameters, track {best['track']}: {best['label']} {place}, "
+        f"{_measured(best)}{kept}."
     )
 
 

@@ -20,6 +20,7 @@ from analysis.gaps import gaps, unscored
 from analysis.lineage import Graph, Lineage
 from analysis.schema import SCORES, checked
 from analysis.traces import history, losses, modules
+from analysis.tracks import NONE, TRACKS, tracks
 from pipeline.store.artifacts import Store
 from pipeline.store.records import Record
 
@@ -56,7 +57,7 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
             problems.append(f"{record.address}: the model it scored has no record")
         else:
             paths.append((record, lineage))
-    rows = _scores(paths)
+    rows = _scores(paths, tracks(store, [path.init for _, path in paths if path.init], problems))
     read = partial(losses, store)
     table = compared(checked(rows, SCORES), read, problems)
     together = relabelled(arms(rows))
@@ -71,8 +72,10 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
     return Frames(table, combined, curves, errors, graph, tuple(dict.fromkeys(problems)))
 
 
-def _scores(paths: Sequence[tuple[Record, Lineage]]) -> list[dict[str, Any]]:
+def _scores(paths: Sequence[tuple[Record, Lineage]], on_track: Mapping[str, str]) -> list[dict[str, Any]]:
     rows = _newest_exports([cell(record, lineage) for record, lineage in paths])
+    for row in rows:
+        row["track"] = on_track.get(row["init"], NONE)
     subjects = {row["subject"]: row for row in rows}
     labels = [row["plain_label"] for row in subjects.values()]
     for key in ("config", "calibration"):
@@ -180,11 +183,13 @@ def _label(lineage: Lineage, method: Mapping[str, Any], *, n_embd: int | None) -
 
 
 def in_order(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of a table: by teacher, dense first, larger sizes first, the best of a size first."""
+    """Rows in the order of a table: by teacher, dense first, larger first, track by track, the best first."""
     order = scores.sort_values("measure", kind="stable").drop_duplicates("subject")
     merit = order["value"].where(order["metric"] != "accuracy", -order["value"])
-    keys = order.assign(merit=merit, trained=~order["is_dense"])
-    ranked = keys.sort_values(["teacher", "trained", "group", "merit", "subject"], na_position="last")
+    lane = order["track"].map({each: place for place, each in enumerate((*TRACKS, NONE))})
+    keys = order.assign(merit=merit, trained=~order["is_dense"], lane=lane)
+    by = ["teacher", "trained", "group", "lane", "merit", "subject"]
+    ranked = keys.sort_values(by, na_position="last")
     place = {subject: position for position, subject in enumerate(ranked["subject"])}
     by_place = scores.assign(place=scores["subject"].map(place)).sort_values(["place", "measure"])
     return by_place.drop(columns="place").reset_index(drop=True)

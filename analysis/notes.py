@@ -13,11 +13,14 @@ MEANING = {
     GONE: "an artifact on the path has no record any more.",
 }
 BEST = (
-    "best (*, bold): best at its size (parameters within 0.5 %), with all that are not significantly worse: "
-    "paired bootstrap over the text (Student's t below 30 units, McNemar for accuracy), Holm, 5 %. A size "
-    "without a mark has no significant difference. Seed noise is not in it where a model has one seed."
+    "best (*, bold): best at its size (parameters within 0.5 %) and track, with all not significantly worse: "
+    "paired bootstrap over the text (Student's t below 30 units, McNemar for accuracy), Holm, 5 %. Where no "
+    "mark is, there is no significant difference. Seed noise is not in it where a model has one seed."
 )
-
+TRACK = (
+    "track: M changes MLP weights alone, A any matrix but the embeddings. The two are never ranked together; "
+    "what is on none (–: dense, or with another embedding table) is ranked with nobody."
+)
 SEEDS = (
     "seeds: models that differ in seeds alone (of training, compression, calibration) are one row: the mean, "
     "for perplexity of the loss. Their noise is in the interval (Student's t) as the text is (bootstrap)."
@@ -54,6 +57,8 @@ def notes(
         found.append(
             "recovery: perplexity of the dense teacher over that of the model; accuracy over accuracy."
         )
+    if any(row["track"] for row in rows):
+        found.append(TRACK)
     if any(row["seeds"] > 1 for row in rows):
         found.append(SEEDS)
     if marks_best:

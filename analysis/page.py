@@ -105,7 +105,7 @@ class Page:
     declared: Table
     """Comparisons that were declared before anything was run; without rows if there are none."""
     differences: Table
-    """Every model against the best of its size."""
+    """Every model against the best of its size and track."""
     published: Table
     figures: tuple[Figure, ...]
     origins: tuple[Origin, ...]

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from analysis.names import is_number, short_count
 from analysis.stats import pareto_front
+from analysis.tracks import TRACKS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -55,6 +56,7 @@ class Point:
     name: str
     method: str
     is_dense: bool
+    track: str
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> "Point":
@@ -67,6 +69,7 @@ class Point:
             name="teacher" if row["is_dense"] else row["variant"] or row["method"],
             method="dense teacher" if row["is_dense"] else row["method"],
             is_dense=bool(row["is_dense"]),
+            track=row["track"],
         )
 
 
@@ -86,7 +89,7 @@ def size_quality(scores: pd.DataFrame) -> str:
             colour = INK if point.is_dense else COLOURS[number % len(COLOURS)]
             marker = "*" if point.is_dense else MARKERS[number % len(MARKERS)]
             _draw(axes, point, colour=colour, marker=marker)
-        leading = _front(axes, points, accuracy=accuracy)
+        leading = _fronts(axes, points, accuracy=accuracy)
         axes.set_xlabel("parameters, tied, position table included")
         axes.set_ylabel("accuracy (higher is better)" if accuracy else "perplexity (lower is better)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
@@ -198,14 +201,27 @@ def _draw(axes: Axes, point: Point, *, colour: str, marker: str) -> None:
         axes.vlines(point.size, *point.interval, color=colour, linewidth=1.5, zorder=2)
 
 
-def _front(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> list[Point]:
+def _fronts(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> list[Point]:
+    """One front per track, as tracks are never ranked together; the dense teacher is the end of each."""
+    there = [track for track in TRACKS if any(point.track == track for point in points)]
+    leading: list[Point] = []
+    for track, dash in zip(there, ((0, (4, 3)), (0, (1, 2))), strict=False):
+        members = [point for point in points if point.track == track or point.is_dense]
+        label = "Pareto front" + (f", track {track}" if len(there) > 1 else "")
+        leading += _front(axes, members, accuracy=accuracy, label=label, dash=dash)
+    return leading
+
+
+def _front(
+    axes: Axes, points: Sequence[Point], *, accuracy: bool, label: str, dash: tuple[int, tuple[int, int]]
+) -> list[Point]:
     """The models that no other beats in both size and quality, joined."""
     sizes = np.array([point.size for point in points])
     values = np.array([point.value for point in points])
     front = pareto_front(sizes, -values if accuracy else values)
     order = np.argsort(sizes[front])
     x, y = sizes[front][order], values[front][order]
-    axes.plot(x, y, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label="Pareto front")
+    axes.plot(x, y, color=INK, linewidth=1.0, linestyle=dash, zorder=1, label=label)
     return [point for point, is_on in zip(points, front, strict=True) if is_on]
 
 

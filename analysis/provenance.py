@@ -155,7 +155,8 @@ def _value(cell: Mapping[str, Any]) -> str:
     if names.is_number(cell["worse_by"]):
         worse = names.gap(cell["worse_by"], cell["metric"])
         parts.append(
-            f"worse than the best of its size by {worse} (p {names.probability(cell['p_adjusted'])})"
+            f"worse than the best of its size on track {cell['track']} by {worse} "
+            f"(p {names.probability(cell['p_adjusted'])})"
         )
     return ", ".join(parts)
 

@@ -30,6 +30,7 @@ SCORES: Mapping[str, str] = {
     "plain_label": "str",
     "variant": "str",
     "method": "str",
+    "track": "str",
     "is_dense": "bool",
     "seed": "int",
     "calibration_seed": "int",

@@ -2,8 +2,8 @@
 
 A declared comparison is a pair of variants that a config names before anything is run (`comparisons`); Holm
 goes over all of them under all protocols. Without such a plan only the second table exists: every model
-against the best of its size, Holm within the column and size. Each difference stands beside the smallest one
-that would have been found: without that, "no difference" says nothing.
+against the best of its size and track, Holm within these and the column. Each difference stands beside the
+smallest one that would have been found: without that, "no difference" says nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,10 +82,10 @@ def declared_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def differences_table(arms: pd.DataFrame) -> Table:
-    """Every model against the best of its size, three columns per measure; empty if nothing is compared."""
+    """Every model against the best of its size and track, three columns per measure; maybe without rows."""
     rows = rows_of(arms)
     titles = measure_titles(arms)
-    columns = [Column("run", is_text=True)]
+    columns = [Column("run", is_text=True), Column("track", is_text=True)]
     for number, title in enumerate(titles.values(), start=1):
         columns += [Column(head, f"{title} [{number}]") for head in ("worse by", "p", "detectable")]
     by_subject: dict[str, dict[str, Row]] = {}
@@ -93,12 +93,12 @@ def differences_table(arms: pd.DataFrame) -> Table:
         if names.is_number(row["worse_by"]):
             by_subject.setdefault(row["subject"], {})[row["measure"]] = row
     body = tuple(_against_best(cells, list(titles)) for cells in by_subject.values())
-    return Table(tuple(columns), body, (f"Holm over each column and size. {UNIT}",), marks_best=True)
+    return Table(tuple(columns), body, (f"Holm over each column, size and track. {UNIT}",), marks_best=True)
 
 
 def _against_best(cells: Mapping[str, Row], measures: Sequence[str]) -> tuple[Cell, ...]:
     first = next(iter(cells.values()))
-    found = [Cell(first["variant"], first["label"])]
+    found = [Cell(first["variant"], first["label"]), Cell(first["track"])]
     for measure in measures:
         row = cells.get(measure)
         if row is None:

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from model.config import GPT2Config, ModelSpec
 from pipeline.evaluate.protocols import Protocol, get_protocol
 from pipeline.store.artifacts import Artifact, Identity, Store
 from pipeline.store.location import Location
@@ -44,6 +45,9 @@ class Invented:
 
     version: int = 1
     """Of the producer of the run."""
+
+    targets: Literal["mlp", "all_linear"] = "mlp"
+    """Which matrices are not dense, if any is."""
 
 
 MODELS = (
@@ -128,7 +132,7 @@ def train(
     put(
         store,
         init,
-        {"model.safetensors": b"init", "report.json": matrix_report(model)},
+        {"model.safetensors": b"init", "config.json": structure(model), "report.json": matrix_report(model)},
         sizes(model.parameters),
     )
     settings = {"max_steps": 2000, "batch_tokens": 491_520, "seq_len": 1024, "lr": model.lr}
@@ -163,6 +167,15 @@ def history(location: Location, model: Invented) -> None:
             smooth = 3.1 + model.worse + (3 * model.worse + 0.5) * np.exp(-step / 300)
             row = {"step": step, "tokens": step * 491_520, "loss": smooth + rng.normal(0, 0.03), "lr": 6e-4}
             writer.append(row | ({"val_loss": smooth} if step % 100 == 0 else {}))
+
+
+def structure(model: Invented) -> bytes:
+    """What stands at each matrix, as an init says it; of the right kind, not of the right size."""
+    spec = ModelSpec.dense(GPT2Config()).to_json()
+    changed = ["mlp_c_fc", "mlp_c_proj"] + (["attn_c_attn"] if model.targets == "all_linear" else [])
+    for block in spec["blocks"] if model.method["name"] != "dense" else ():
+        block.update({matrix: {"kind": "low_rank", "rank": 8} for matrix in changed})
+    return json.dumps({"format": "krony-native", "version": 1, "model": spec}).encode()
 
 
 def matrix_report(model: Invented) -> bytes:

@@ -179,7 +179,7 @@ def test_latex_rows_have_as_many_cells_as_columns(written):
         assert len(re.findall(r"(?<!\\)&", row)) == columns - 1
         assert not re.search(r"(?<!\\)[_%#]", row)
     assert text.count(r"\textbf") == 4  # the best of two sizes, under two protocols
-    assert all(rule in text for rule in (r"\toprule", r"\cmidrule(lr){8-9}", r"\bottomrule"))
+    assert all(rule in text for rule in (r"\toprule", r"\cmidrule(lr){9-10}", r"\bottomrule"))
 
 
 def test_csv_holds_every_number(study, written):

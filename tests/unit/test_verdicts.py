@@ -73,6 +73,7 @@ def rows_for(frames: dict[str, pd.DataFrame], **changes) -> pd.DataFrame:
             "parameters": 1000,
             "teacher": "teacher/t",
             "is_dense": False,
+            "track": "M",
             "label": address,
             "variant": address,
         }

@@ -30,6 +30,21 @@ print(client.get_job_status(sys.argv[2]).value)
 print(client.get_job_logs(sys.argv[2]))
 """
 
+LEFT = """
+import json, sys, time
+from pipeline.cluster import connect
+from pipeline.config.schema import RayConfig
+with connect(RayConfig(address=sys.argv[1]), quiet=True) as ray:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        cpus = ray.available_resources().get("CPU"), ray.cluster_resources()["CPU"]
+        if not groups and cpus[0] == cpus[1]:
+            break
+        time.sleep(0.5)
+    print(json.dumps([groups, *cpus]))
+"""
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -38,6 +53,7 @@ class Head:
     """A running head and what it takes to be let in."""
 
     address: str
+    cluster: str
     folder: Path
     secrets: dict[str, str]
 
@@ -90,7 +106,7 @@ def head() -> Iterator[Head]:
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.5)
-        yield Head(address, folder, keys)
+        yield Head(address, f"127.0.0.1:{gcs}", folder, keys)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -131,3 +147,22 @@ def test_a_job_runs_once_at_a_time_under_its_own_name(python, head: Head):
     third = json.loads(krony_submit(python, head, keys=head.secrets).stdout)
     assert third["is_new"]
     assert third["id"] == f"{one['id']}-r2"
+
+
+@pytest.mark.nightly
+def test_trials_stopped_early_give_all_back_where_a_dashboard_runs(python, head: Head, sweep_lab, tmp_path):
+    sweep_lab.build(
+        tmp_path,
+        axes={"train.lr": [1e-2, 1e-7]},
+        extra="[ray]\nworkers = 2\ncpus_per_worker = 0.5",
+        concurrent=1,
+        stop={"name": "asha", "grace_tokens": 1024, "reduction": 2},
+    )
+    keys = head.secrets | {"RAY_ADDRESS": head.cluster}
+    done = python("-m", "jobs.sweep", str(tmp_path / "sweep.toml"), "--out", str(tmp_path / "out"), env=keys)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (trials,) = (tmp_path / "store").glob("sweep/*/*/trials.json")
+    assert [row["state"] for row in json.loads(trials.read_text())] == ["finished", "stopped"]
+    left = python("-c", LEFT, head.cluster, env=head.secrets)
+    assert left.returncode == 0, left.stderr
+    assert json.loads(left.stdout.splitlines()[-1]) == [[], 2.0, 2.0]

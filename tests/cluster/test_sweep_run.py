@@ -154,6 +154,7 @@ def test_a_trial_stopped_early_gives_its_resources_back(ray_local, sweep_lab, pl
     assert_all_given_back(ray_local)
 
 
+@pytest.mark.nightly
 def test_trials_on_two_workers_are_killed_and_stopped_and_give_all_back(ray_local, sweep_lab, place, base):
     axes = {"train.lr": [1e-2, 1e-7], "train.max_steps": [60]}
     study = sweep_lab.write(

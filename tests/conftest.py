@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,7 +42,8 @@ OWN = {
 
 
 def pytest_configure() -> None:
-    """Swap the environment of whoever runs the tests for that of the tests."""
+    """Swap the environment of whoever runs the tests for that of the tests, which import from here."""
+    sys.path.append(str(PROJECT / "tests"))
     for name in list(os.environ):
         if name.startswith(FOREIGN) and name not in KEPT:
             del os.environ[name]
@@ -123,29 +125,31 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny model with shards, and training runs on them: `Lab` of `train_lab.py`."""
-    return _module("train_lab").Lab.build(tmp_path_factory.mktemp("lab"))
+    return import_module("train_lab").Lab.build(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture(scope="session")
-def data_lab() -> Any:
+def data_lab() -> ModuleType:
     """A small corpus to prepare, with Ray and without: the module `data_lab.py`."""
-    return _module("data_lab")
+    return import_module("data_lab")
 
 
 @pytest.fixture(scope="session")
-def sweep_lab() -> Any:
+def sweep_lab() -> ModuleType:
     """A tiny study to sweep over, without Ray: the module `sweep_lab.py`."""
-    return _module("sweep_lab")
+    return import_module("sweep_lab")
 
 
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, PROJECT / "tests" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def study_store() -> ModuleType:
+    """The writer of stores as studies leave them: the module `study_store.py`."""
+    return import_module("study_store")
+
+
+@pytest.fixture(scope="session")
+def sweep_store() -> ModuleType:
+    """The writer of stores as sweeps leave them: the module `sweep_store.py`."""
+    return import_module("sweep_store")
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,15 @@ the sweep and its report: `trials.json` and `configs.json`.
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+from study_store import put, score, sizes
 
 from pipeline.config.load import to_json, validate
 from pipeline.evaluate.protocols import get_protocol
@@ -30,18 +29,6 @@ TOTAL = 1_966_080
 RUNGS = tuple(range(196_608, TOTAL + 1, 196_608))
 PROTOCOL = "krony/wt103@ctx256"
 TEACHER_PARAMETERS = 2_000_000
-
-
-def study_store() -> ModuleType:
-    """The writer of invented studies, `study_store.py` beside this file."""
-    if "study_store_of_sweeps" not in sys.modules:
-        path = Path(__file__).with_name("study_store.py")
-        spec = importlib.util.spec_from_file_location("study_store_of_sweeps", path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["study_store_of_sweeps"]
 
 
 def method_table(method: str, shape: Sequence[int]) -> dict[str, Any]:
@@ -82,21 +69,21 @@ def write_sweep(
 
     `unhappy` stops and fails some trials; `more` are further rows of `trials.json` as they are.
     """
-    lab, store = study_store(), Store(folder)
+    store = Store(folder)
     tokenizer = Identity("tokenizer", "bpe4096", {"name": "bpe"})
     tokens = Identity("tokens", "pydocs-bpe4096", {"split": "hash"}, {"tokenizer": tokenizer})
     teacher = Identity("teacher", "scratch-4x256", {"n_embd": 256}, {"tokens": tokens})
     for identity in (tokenizer, tokens):
-        lab.put(store, identity, {"data.bin": identity.name.encode()}, {})
-    lab.put(store, teacher, {"model.safetensors": b"teacher"}, lab.sizes(TEACHER_PARAMETERS))
+        put(store, identity, {"data.bin": identity.name.encode()}, {})
+    put(store, teacher, {"model.safetensors": b"teacher"}, sizes(TEACHER_PARAMETERS))
     protocol = get_protocol("krony/wt103").at_context(256)
-    lab.score(store, teacher, tokenizer, protocol, TEACHER_PARAMETERS, worse=0.0)
+    score(store, teacher, tokenizer, protocol, TEACHER_PARAMETERS, worse=0.0)
     rows, resolved = [], {}
     for method, shape, seed in itertools.product(methods, shapes, seeds):
         row, config_of_it = trial(folder, method, shape, seed, noise=noise, unhappy=unhappy)
         if row["state"] == "finished" and scored:
             exported = model(store, row, teacher=teacher, tokens=tokens, tokenizer=tokenizer)
-            lab.score(
+            score(
                 store,
                 exported,
                 tokenizer,
@@ -185,11 +172,10 @@ def model(
     run = Identity(
         "run", f"{init.name}-s{row['seed']}", {"seed": row["seed"]}, {"init": init, "tokens": tokens}
     )
-    lab = study_store()
-    lab.put(store, init, {"model.safetensors": b"init"}, {})
-    lab.put(store, run, {"model.safetensors": row["name"].encode()}, {"val_loss": row["val_loss"]})
+    put(store, init, {"model.safetensors": b"init"}, {})
+    put(store, run, {"model.safetensors": row["name"].encode()}, {"val_loss": row["val_loss"]})
     exported = Identity("model", run.name, {}, {"run": run, "tokenizer": tokenizer})
-    lab.put(store, exported, {"native/config.json": b"{}"}, {})
+    put(store, exported, {"native/config.json": b"{}"}, {})
     return exported
 
 

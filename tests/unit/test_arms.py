@@ -1,8 +1,6 @@
 """Seeds of one arm are one row: what is combined, what is not, and what it does to a claim."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,37 +12,24 @@ from analysis.frames import Frames, load_frames
 from analysis.page import build_page
 from analysis.tables import terminal
 
-TESTS = Path(__file__).resolve().parents[1]
 MEASURE = "krony/wt103"
 KRON = {"name": "kron_vl", "shape": [768, 768], "terms": 1}
 ACT = {"name": "kron_act", "shape": [768, 768], "terms": 1}
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    """The writer of invented studies, `tests/study_store.py`."""
-    spec = importlib.util.spec_from_file_location("study_store_of_arms", TESTS / "study_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def frames(study_store: ModuleType, folder: Path, *models) -> Frames:
+    return load_frames(study_store.write_study(folder, models=models, protocols=(MEASURE,)))
 
 
-def frames(study: ModuleType, folder: Path, *models) -> Frames:
-    return load_frames(study.write_study(folder, models=models, protocols=(MEASURE,)))
-
-
-def seeds(study: ModuleType, method, *worse: float, name: str = "kron", **more):
+def seeds(study_store: ModuleType, method, *worse: float, name: str = "kron", **more):
     return [
-        study.Invented(f"{name}-s{seed}", method, 81_972_576, value, seed, **more)
+        study_store.Invented(f"{name}-s{seed}", method, 81_972_576, value, seed, **more)
         for seed, value in enumerate(worse)
     ]
 
 
-def test_seeds_are_one_row_with_mean_interval_and_number(study, tmp_path):
-    found = frames(study, tmp_path, *seeds(study, KRON, 0.36, 0.37, 0.38))
+def test_seeds_are_one_row_with_mean_interval_and_number(study_store, tmp_path):
+    found = frames(study_store, tmp_path, *seeds(study_store, KRON, 0.36, 0.37, 0.38))
     row = found.arms[~found.arms["is_dense"]].iloc[0]
     each = found.scores[~found.scores["is_dense"]]
     assert (row["seeds"], row["variant"]) == (3, "kron")
@@ -62,47 +47,55 @@ def test_seeds_are_one_row_with_mean_interval_and_number(study, tmp_path):
     assert any(note.startswith("seeds: ") for note in table.notes)
 
 
-def test_a_seed_of_calibration_is_a_seed(study, tmp_path):
+def test_a_seed_of_calibration_is_a_seed(study_store, tmp_path):
     models = [
-        study.Invented(f"act-s{seed}", ACT, 81_972_576, 0.3 + 0.01 * seed, seed, calibration_seed=seed)
+        study_store.Invented(f"act-s{seed}", ACT, 81_972_576, 0.3 + 0.01 * seed, seed, calibration_seed=seed)
         for seed in range(2)
     ]
-    found = frames(study, tmp_path, *models)
+    found = frames(study_store, tmp_path, *models)
     assert list(found.arms["seeds"]) == [1, 2]
     assert sorted(found.scores["calibration_seed"].dropna()) == [0, 1]
 
 
-def test_what_differs_in_more_than_seeds_stays_apart(study, tmp_path):
-    models = seeds(study, KRON, 0.36, 0.37) + seeds(study, KRON, 0.38, 0.39, lr=1e-3, name="fast")
-    found = frames(study, tmp_path, *models)
+def test_what_differs_in_more_than_seeds_stays_apart(study_store, tmp_path):
+    models = seeds(study_store, KRON, 0.36, 0.37) + seeds(study_store, KRON, 0.38, 0.39, lr=1e-3, name="fast")
+    found = frames(study_store, tmp_path, *models)
     assert sorted(found.arms["seeds"]) == [1, 2, 2]
     assert {label.rsplit(" ", 1)[-1] for label in found.arms["label"]} == {"dense", "lr=0.0006", "lr=0.001"}
 
 
-def test_two_results_of_one_seed_are_not_two_seeds(study, tmp_path):
-    models = [study.Invented("kron", KRON, 81_972_576, 0.36 + v / 100, version=v) for v in (1, 2)]
-    found = frames(study, tmp_path, *models)
+def test_two_results_of_one_seed_are_not_two_seeds(study_store, tmp_path):
+    models = [study_store.Invented("kron", KRON, 81_972_576, 0.36 + v / 100, version=v) for v in (1, 2)]
+    found = frames(study_store, tmp_path, *models)
     assert list(found.arms["seeds"]) == [1, 1, 1]
 
 
-def test_the_noise_of_seeds_decides_what_is_a_difference(study, tmp_path):
-    one = frames(study, tmp_path / "one", *seeds(study, KRON, 0.36), *seeds(study, ACT, 0.38, name="act"))
+def test_the_noise_of_seeds_decides_what_is_a_difference(study_store, tmp_path):
+    one = frames(
+        study_store,
+        tmp_path / "one",
+        *seeds(study_store, KRON, 0.36),
+        *seeds(study_store, ACT, 0.38, name="act"),
+    )
     verdict = one.arms.set_index("method")["is_best"]
     assert bool(verdict["kron_vl"])
     assert not bool(verdict["kron_act"])  # the text alone tells 2 % apart
-    noisy = seeds(study, KRON, 0.30, 0.36, 0.42), seeds(study, ACT, 0.32, 0.38, 0.44, name="act")
-    several = frames(study, tmp_path / "three", *noisy[0], *noisy[1])
+    noisy = seeds(study_store, KRON, 0.30, 0.36, 0.42), seeds(study_store, ACT, 0.32, 0.38, 0.44, name="act")
+    several = frames(study_store, tmp_path / "three", *noisy[0], *noisy[1])
     assert several.arms.set_index("method").loc["kron_act", "is_best"]
     assert several.scores.query("method == 'kron_act'")["is_best"].all()  # the verdict is the arm's
-    clear = seeds(study, KRON, 0.36, 0.361, 0.359), seeds(study, ACT, 0.40, 0.401, 0.399, name="act")
-    sure = frames(study, tmp_path / "clear", *clear[0], *clear[1])
+    clear = (
+        seeds(study_store, KRON, 0.36, 0.361, 0.359),
+        seeds(study_store, ACT, 0.40, 0.401, 0.399, name="act"),
+    )
+    sure = frames(study_store, tmp_path / "clear", *clear[0], *clear[1])
     row = sure.arms.set_index("method").loc["kron_act"]
     assert not row["is_best"]
     assert row["worse_by_low"] < 0.04 < row["worse_by_high"]
 
 
-def test_a_page_leads_from_an_arm_to_every_seed(study, tmp_path):
-    found = frames(study, tmp_path, *seeds(study, KRON, 0.36, 0.37, 0.38))
+def test_a_page_leads_from_an_arm_to_every_seed(study_store, tmp_path):
+    found = frames(study_store, tmp_path, *seeds(study_store, KRON, 0.36, 0.37, 0.38))
     page = build_page(found, store="store", written="")
     for address in found.scores["address"]:
         assert page.html().count(address) >= 2
@@ -113,8 +106,10 @@ def test_a_page_leads_from_an_arm_to_every_seed(study, tmp_path):
     assert set(found.history["arm"]) == {"kron_vl (768×768)⊗(1×4) r=1"}
 
 
-def test_one_seed_each_is_the_table_of_before(study, tmp_path):
-    found = frames(study, tmp_path, *seeds(study, KRON, 0.36), *seeds(study, ACT, 0.38, name="act"))
+def test_one_seed_each_is_the_table_of_before(study_store, tmp_path):
+    found = frames(
+        study_store, tmp_path, *seeds(study_store, KRON, 0.36), *seeds(study_store, ACT, 0.38, name="act")
+    )
     assert found.arms is not None
     assert found.arms.equals(found.scores)
     shown = terminal(comparison(found.arms, layout="brief"))

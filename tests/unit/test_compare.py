@@ -1,12 +1,8 @@
 """`krony compare`: two models side by side, and one line for whatever cannot be compared."""
 
-import importlib.util
 import io
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -18,27 +14,14 @@ from analysis.versus_text import versus_text
 from jobs import cli
 from pipeline.store.artifacts import Store
 
-TESTS = Path(__file__).resolve().parents[1]
 PROTOCOLS = ("krony/wt103", "lambada/openai_last_word")
 
 
 @pytest.fixture(scope="module")
-def lab() -> ModuleType:
-    """The writer of invented studies, `tests/study_store.py`."""
-    spec = importlib.util.spec_from_file_location("study_store_of_pairs", TESTS / "study_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def study(lab, tmp_path_factory) -> Store:
+def study(study_store, tmp_path_factory) -> Store:
     """Models and their scores under a perplexity and an accuracy; read only."""
-    chosen = [model for model in lab.MODELS if model.name in ("kron-82m", "kron-82m-s1", "prune-95m")]
-    return lab.write_study(tmp_path_factory.mktemp("pairs"), models=chosen, protocols=PROTOCOLS)
+    chosen = [model for model in study_store.MODELS if model.name in ("kron-82m", "kron-82m-s1", "prune-95m")]
+    return study_store.write_study(tmp_path_factory.mktemp("pairs"), models=chosen, protocols=PROTOCOLS)
 
 
 def losses(store: Store, model: str, protocol: str) -> pd.DataFrame:
@@ -102,9 +85,9 @@ def test_seeds_of_one_model_differ_in_the_seed_alone(study):
     assert len(found.errors) == 24
 
 
-def test_models_of_two_stores_are_compared_by_their_paths(study, lab, tmp_path):
-    again = [replace(model, lr=3e-4) for model in lab.MODELS if model.name == "kron-82m"]
-    other = lab.write_study(tmp_path / "a folder", models=again, protocols=PROTOCOLS[:1])
+def test_models_of_two_stores_are_compared_by_their_paths(study, study_store, tmp_path):
+    again = [replace(model, lr=3e-4) for model in study_store.MODELS if model.name == "kron-82m"]
+    other = study_store.write_study(tmp_path / "a folder", models=again, protocols=PROTOCOLS[:1])
     model = other.records("model")[0].address
     found = versus("kron-82m", f"{other.root.uri}/{model}/", store=study)
     assert [pair.name for pair in found.settings] == ["run.train.lr"]
@@ -112,9 +95,9 @@ def test_models_of_two_stores_are_compared_by_their_paths(study, lab, tmp_path):
     assert found.measures[0].difference is not None
 
 
-def test_a_lost_file_costs_the_difference_alone(study, lab, tmp_path):
-    chosen = [model for model in lab.MODELS if model.name in ("kron-82m", "prune-95m")]
-    store = lab.write_study(tmp_path, models=chosen, protocols=PROTOCOLS[:1])
+def test_a_lost_file_costs_the_difference_alone(study, study_store, tmp_path):
+    chosen = [model for model in study_store.MODELS if model.name in ("kron-82m", "prune-95m")]
+    store = study_store.write_study(tmp_path, models=chosen, protocols=PROTOCOLS[:1])
     scores = next(record for record in store.records("scores") if record.name.startswith("kron_prune"))
     store.open(scores.address).path("losses.parquet").write_bytes(b"no parquet")
     found = versus("kron-82m", "prune-95m", store=store)
@@ -144,9 +127,9 @@ def test_what_cannot_be_compared_is_one_line(study, capsys, first, second, expec
     assert expected in shown.err
 
 
-def test_nothing_in_common_is_one_line_that_names_the_protocols(study, lab, tmp_path, capsys):
-    dense = [model for model in lab.MODELS if model.name == "dense"]
-    other = lab.write_study(tmp_path, models=dense, protocols=("krony/wt2",))
+def test_nothing_in_common_is_one_line_that_names_the_protocols(study, study_store, tmp_path, capsys):
+    dense = [model for model in study_store.MODELS if model.name == "dense"]
+    other = study_store.write_study(tmp_path, models=dense, protocols=("krony/wt2",))
     path = f"{other.root.uri}/{other.records('model')[0].address}"
     assert cli.run("compare", ["prune-95m", path, "--store", study.root.uri]) == 1
     line = capsys.readouterr().err

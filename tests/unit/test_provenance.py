@@ -1,11 +1,8 @@
 """`krony report --explain ROW:COLUMN`: from one number back to everything that made it."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,29 +12,15 @@ from jobs import cli
 from pipeline.store.artifacts import Store
 from pipeline.store.records import Record
 
-TESTS = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
-def lab() -> ModuleType:
-    """The writer of invented studies, `tests/study_store.py`."""
-    spec = importlib.util.spec_from_file_location("study_store_of_cells", TESTS / "study_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def study(lab, tmp_path_factory) -> Store:
+def study(study_store, tmp_path_factory) -> Store:
     """Two seeds of one model, another model, and a namesake of it; read only."""
-    chosen = [model for model in lab.MODELS if model.name in ("prune-95m", "kron-82m", "kron-82m-s1")]
+    chosen = [model for model in study_store.MODELS if model.name in ("prune-95m", "kron-82m", "kron-82m-s1")]
     chosen = [replace(model, calibration_seed=3 + model.seed) for model in chosen]
     chosen.append(replace(chosen[0], lr=3e-4))
     names = ("krony/wt103", "krony/wt2")
-    return lab.write_study(tmp_path_factory.mktemp("cells"), models=chosen, protocols=names)
+    return study_store.write_study(tmp_path_factory.mktemp("cells"), models=chosen, protocols=names)
 
 
 def test_a_cell_leads_to_every_record_that_made_it(study):
@@ -131,9 +114,9 @@ def test_json_holds_what_the_text_cuts(study, capsys):
     assert all(step["address"] in text for source in body["sources"] for step in source["steps"])
 
 
-def test_a_rebuilt_input_is_said(study, lab, tmp_path):
-    chosen = [model for model in lab.MODELS if model.name == "kron-82m"]
-    store = lab.write_study(tmp_path, models=chosen, protocols=("krony/wt103",))
+def test_a_rebuilt_input_is_said(study, study_store, tmp_path):
+    chosen = [model for model in study_store.MODELS if model.name == "kron-82m"]
+    store = study_store.write_study(tmp_path, models=chosen, protocols=("krony/wt103",))
     init = store.records("init")[0]
     path = Path(store.root.uri) / init.address / "record.json"
     raw = json.loads(path.read_bytes())

@@ -1,13 +1,10 @@
 """The report of a store: what a reader finds on it, and what it does with half a store."""
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree as ET
 
 import pandas as pd
@@ -19,25 +16,11 @@ from analysis.report import comparison_table, write_report
 from analysis.schema import SCORES
 from pipeline.store.artifacts import Store
 
-TESTS = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
-def lab() -> ModuleType:
-    """The writer of invented studies, `tests/study_store.py`."""
-    spec = importlib.util.spec_from_file_location("study_store", TESTS / "study_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study_store"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def study(lab, tmp_path_factory) -> Store:
+def study(study_store, tmp_path_factory) -> Store:
     """A finished study; read only."""
-    return lab.write_study(tmp_path_factory.mktemp("study"), protocols=("krony/wt103", "krony/wt2"))
+    return study_store.write_study(tmp_path_factory.mktemp("study"), protocols=("krony/wt103", "krony/wt2"))
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +125,9 @@ def test_a_clear_winner_is_marked_and_a_tie_is_a_tie(study):
     assert (column["value"] < column["high"]).all()
 
 
-def test_other_windows_are_another_column(lab, tmp_path):
-    store = lab.write_study(tmp_path, models=lab.MODELS[:2], protocols=("krony/wt103",))
-    lab.write_study(tmp_path, models=lab.MODELS[2:4], protocols=("krony/wt103",), context=256)
+def test_other_windows_are_another_column(study_store, tmp_path):
+    store = study_store.write_study(tmp_path, models=study_store.MODELS[:2], protocols=("krony/wt103",))
+    study_store.write_study(tmp_path, models=study_store.MODELS[2:4], protocols=("krony/wt103",), context=256)
     titles = set(measure_titles(load_frames(store).scores).values())
     assert titles == {"krony/wt103", "krony/wt103@ctx256"}
     table = comparison_table(store)

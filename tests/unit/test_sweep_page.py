@@ -1,13 +1,10 @@
 """The report of a sweep as files: a page that needs nothing else, a table to print, a recipe to train."""
 
 import csv
-import importlib.util
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -18,26 +15,12 @@ from jobs import cli
 from pipeline.config.load import load_study, to_json
 from pipeline.store.artifacts import Store
 
-TESTS = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
-def sweeps() -> ModuleType:
-    """The writer of invented sweeps, `tests/sweep_store.py`."""
-    spec = importlib.util.spec_from_file_location("sweep_store_of_pages", TESTS / "sweep_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def store(sweeps, tmp_path_factory) -> Store:
+def store(sweep_store, tmp_path_factory) -> Store:
     """A sweep with stopped and failed trials; read only."""
     folder = tmp_path_factory.mktemp("sweep")
-    sweeps.write_sweep(folder)
+    sweep_store.write_sweep(folder)
     return Store(folder)
 
 
@@ -153,13 +136,13 @@ def test_an_unknown_sweep_is_one_line(store, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_in_which_nothing_finished_has_a_page(sweeps, tmp_path):
+def test_a_sweep_in_which_nothing_finished_has_a_page(sweep_store, tmp_path):
     rows = []
     for seed in (0, 1):
-        row, _ = sweeps.trial(tmp_path, "kron_vl", (64, 1024), seed, noise=0.01, unhappy=False)
+        row, _ = sweep_store.trial(tmp_path, "kron_vl", (64, 1024), seed, noise=0.01, unhappy=False)
         lost = {"state": "failed", "reason": "CUDA out of <memory> & more", "rungs": [], "val_loss": None}
         rows.append({**row, **lost, "tokens": 0, "parameters": 0, "macs_per_token": 0})
-    sweeps.write_sweep(tmp_path / "store", methods=[], more=rows, name="lost")
+    sweep_store.write_sweep(tmp_path / "store", methods=[], more=rows, name="lost")
     report = write_sweep_report(str(tmp_path / "store"), "lost", tmp_path / "out")
     page = (tmp_path / "out/sweep.html").read_text()
     assert report.best is None
@@ -169,8 +152,8 @@ def test_a_sweep_in_which_nothing_finished_has_a_page(sweeps, tmp_path):
     assert Links(page).loads == []
 
 
-def test_a_sweep_without_configs_says_that_there_is_no_recipe(sweeps, tmp_path):
-    sweeps.write_sweep(tmp_path / "store", scored=False, configs=False)
+def test_a_sweep_without_configs_says_that_there_is_no_recipe(sweep_store, tmp_path):
+    sweep_store.write_sweep(tmp_path / "store", scored=False, configs=False)
     report = write_sweep_report(str(tmp_path / "store"), "shapes", tmp_path / "out")
     assert report.best is None
     assert not (tmp_path / "out/best.toml").exists()
@@ -178,13 +161,13 @@ def test_a_sweep_without_configs_says_that_there_is_no_recipe(sweeps, tmp_path):
     assert "holds no configs.json" in (tmp_path / "out/sweep.html").read_text()
 
 
-def test_numbers_drawn_from_a_range_are_a_scatter(sweeps, tmp_path):
+def test_numbers_drawn_from_a_range_are_a_scatter(sweep_store, tmp_path):
     rows = []
     for number in range(9):
-        row, _ = sweeps.trial(tmp_path, "kron_vl", (256, 256), number, noise=0.1, unhappy=False)
+        row, _ = sweep_store.trial(tmp_path, "kron_vl", (256, 256), number, noise=0.1, unhappy=False)
         own = {"key": f"k{number}", "arm": f"lr {number}", "choices": {"train.lr": 1e-4 * 1.7**number}}
         rows.append({**row, **own})
-    sweeps.write_sweep(tmp_path / "store", methods=[], more=rows, name="drawn")
+    sweep_store.write_sweep(tmp_path / "store", methods=[], more=rows, name="drawn")
     write_sweep_report(str(tmp_path / "store"), "drawn", tmp_path / "out")
     assert (tmp_path / "out/figures/drawn.svg").exists()
 

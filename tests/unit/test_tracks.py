@@ -1,10 +1,7 @@
 """Tracks: what an init says of its structure decides whom a model is ranked with, and two are never mixed."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -21,36 +18,25 @@ from model.compress.contract import Plan
 from model.config import SIZES, ModelSpec
 from pipeline.store.artifacts import Store
 
-TESTS = Path(__file__).resolve().parents[1]
 SIZE = 81_972_576
 CONTROLS = ("dense",)
 OTHER_TABLE = ("kngpt2", "tqcompressor")
 
 
 @pytest.fixture(scope="module")
-def lab() -> ModuleType:
-    """The writer of invented studies, `tests/study_store.py`."""
-    spec = importlib.util.spec_from_file_location("study_store_of_tracks", TESTS / "study_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def store(lab, tmp_path_factory) -> Store:
+def store(study_store, tmp_path_factory) -> Store:
     """Two models per track, those of A better than those of M, and two controls; read only."""
     models = [
-        lab.Invented("control", {"name": "dense"}, lab.DENSE, -0.02),
-        lab.Invented("longer", {"name": "dense", "more": 1}, lab.DENSE, 0.3),
-        lab.Invented("m-good", {"name": "kron_vl", "shape": [768, 768], "terms": 1}, SIZE, 0.37),
-        lab.Invented("m-bad", {"name": "svd"}, SIZE, 0.7),
-        lab.Invented("a-good", {"name": "svdllm_bc"}, SIZE, 0.05, targets="all_linear"),
-        lab.Invented("a-bad", {"name": "modegpt"}, SIZE, 0.2, targets="all_linear"),
+        study_store.Invented("control", {"name": "dense"}, study_store.DENSE, -0.02),
+        study_store.Invented("longer", {"name": "dense", "more": 1}, study_store.DENSE, 0.3),
+        study_store.Invented("m-good", {"name": "kron_vl", "shape": [768, 768], "terms": 1}, SIZE, 0.37),
+        study_store.Invented("m-bad", {"name": "svd"}, SIZE, 0.7),
+        study_store.Invented("a-good", {"name": "svdllm_bc"}, SIZE, 0.05, targets="all_linear"),
+        study_store.Invented("a-bad", {"name": "modegpt"}, SIZE, 0.2, targets="all_linear"),
     ]
-    return lab.write_study(tmp_path_factory.mktemp("tracks"), models=models, protocols=("krony/wt103",))
+    return study_store.write_study(
+        tmp_path_factory.mktemp("tracks"), models=models, protocols=("krony/wt103",)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +112,12 @@ def test_each_track_has_its_own_leader_and_front(frames):
     assert "track" not in alone
 
 
-def test_an_unreadable_structure_is_a_problem_and_ranked_with_nobody(lab, tmp_path):
+def test_an_unreadable_structure_is_a_problem_and_ranked_with_nobody(study_store, tmp_path):
     models = [
-        lab.Invented(name, {"name": name}, SIZE, worse) for name, worse in (("svd", 0.3), ("asvd", 0.6))
+        study_store.Invented(name, {"name": name}, SIZE, worse)
+        for name, worse in (("svd", 0.3), ("asvd", 0.6))
     ]
-    store = lab.write_study(tmp_path, models=models, protocols=("krony/wt103",))
+    store = study_store.write_study(tmp_path, models=models, protocols=("krony/wt103",))
     init = next(record for record in store.records("init") if record.name == "svd")
     (Path(store.root.uri) / init.address / init.attempt / "config.json").write_text('{"model": {}}')
     found = load_frames(store)

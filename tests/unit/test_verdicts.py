@@ -1,10 +1,6 @@
 """What a table may claim: only what is significant, Holm over what was declared, McNemar for answers."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -24,30 +20,19 @@ from pipeline.config.sweep import load_sweep
 from pipeline.errors import ConfigError
 from pipeline.store.artifacts import Store
 
-TESTS = Path(__file__).resolve().parents[1]
 PROTOCOLS = ("krony/wt103", "lambada/openai_last_word")
 
 
 @pytest.fixture(scope="module")
-def lab() -> ModuleType:
-    """The writer of invented studies, `tests/study_store.py`."""
-    spec = importlib.util.spec_from_file_location("study_store_of_verdicts", TESTS / "study_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def study(lab, tmp_path_factory) -> Store:
+def study(study_store, tmp_path_factory) -> Store:
     """Two sizes; at the larger one a near tie, at the smaller one a clear winner; read only."""
     chosen = [
-        model for model in lab.MODELS if model.name in ("kron-96m", "prune-95m", "kron-82m", "random-82m")
+        model
+        for model in study_store.MODELS
+        if model.name in ("kron-96m", "prune-95m", "kron-82m", "random-82m")
     ]
     chosen = [replace(model, worse=0.2551) if model.name == "kron-96m" else model for model in chosen]
-    return lab.write_study(tmp_path_factory.mktemp("verdicts"), models=chosen, protocols=PROTOCOLS)
+    return study_store.write_study(tmp_path_factory.mktemp("verdicts"), models=chosen, protocols=PROTOCOLS)
 
 
 def unit_losses(gaps: dict[str, list[float]]) -> dict[str, pd.DataFrame]:

@@ -1,11 +1,8 @@
 """Results of a sweep: the tidy table, the ranking and what may be said of it, effects, the best recipe."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
-import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +11,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from analysis.effects import before_stops, main_effects
 from analysis.ranking import VALIDATION, Ranking, rank
-from analysis.recipe import recipe, to_toml
+from analysis.recipe import recipe
 from analysis.stats import seeded_difference
 from analysis.sweep_tables import endings_table, ranking_table
 from analysis.sweeps import Sweep, axis_values, open_sweep, tidy
@@ -27,29 +22,15 @@ from analysis.tables import markdown, terminal
 from analysis.traces import losses
 from pipeline.chain import chain
 from pipeline.config.load import load_study, to_json
-from pipeline.errors import ConfigError, KronyError, StoreError
+from pipeline.errors import StoreError
 from pipeline.store.artifacts import Store
 
-TESTS = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
-def sweeps() -> ModuleType:
-    """The writer of invented sweeps, `tests/sweep_store.py`."""
-    spec = importlib.util.spec_from_file_location("sweep_store", TESTS / "sweep_store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_store"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def store(sweeps, tmp_path_factory) -> Store:
+def store(sweep_store, tmp_path_factory) -> Store:
     """Nine arms of three seeds; two arms were stopped, one trial failed. Read only."""
     folder = tmp_path_factory.mktemp("sweep")
-    sweeps.write_sweep(folder)
+    sweep_store.write_sweep(folder)
     return Store(folder)
 
 
@@ -67,13 +48,13 @@ def ranked(store: Store, sweep: Sweep) -> Ranking:
     return rank(sweep, partial(losses, store), resamples=2000)
 
 
-def invented(sweeps: ModuleType, folder: Path, **settings) -> tuple[Store, Sweep]:
+def invented(sweep_store: ModuleType, folder: Path, **settings) -> tuple[Store, Sweep]:
     """A sweep of its own."""
-    sweeps.write_sweep(folder, **settings)
+    sweep_store.write_sweep(folder, **settings)
     return Store(folder), open_sweep(Store(folder), settings.get("name", "shapes"))
 
 
-def test_a_path_that_only_some_arms_have_belongs_to_the_axis_that_set_it(sweeps, tmp_path):
+def test_a_path_that_only_some_arms_have_belongs_to_the_axis_that_set_it(sweep_store, tmp_path):
     rows = []
     chosen = (
         {"method": {"name": "one"}, "method.shape": [8, 8], "train.lr": 1e-3},  # a method without terms
@@ -81,10 +62,10 @@ def test_a_path_that_only_some_arms_have_belongs_to_the_axis_that_set_it(sweeps,
         {"method": {"name": "two"}, "method.shape": [8, 8], "method.terms": 2, "train.lr": 1e-3},
     )
     for number, choices in enumerate(chosen):
-        row, _ = sweeps.trial(tmp_path, "kron_vl", (256, 256), number, noise=0.1, unhappy=False)
+        row, _ = sweep_store.trial(tmp_path, "kron_vl", (256, 256), number, noise=0.1, unhappy=False)
         rows.append({**row, "key": f"k{number}", "arm": f"arm {number}", "choices": choices})
     axes = [["method", []], ["method.shape", {}], ["train.lr", []]]
-    _, sweep = invented(sweeps, tmp_path, methods=[], more=rows, name="terms")
+    _, sweep = invented(sweep_store, tmp_path, methods=[], more=rows, name="terms")
     sweep = replace(sweep, record=replace(sweep.record, config={"sweep": {"axes": axes}}))
     assert sweep.axes == {"method": (), "method.shape": ("method.terms",), "train.lr": ()}
     assert list(axis_values(sweep, "train.lr").values()) == [1e-3] * 3
@@ -152,8 +133,10 @@ def test_a_gap_is_the_difference_of_seeds_and_text(store, sweep, ranking):
     assert other.gap.high == pytest.approx(known.high, abs=2e-3)
 
 
-def test_a_difference_that_seeds_do_not_carry_is_marked_nowhere(sweeps, tmp_path):
-    store, sweep = invented(sweeps, tmp_path, methods=["kron_vl", "kron_prune"], noise=0.3, unhappy=False)
+def test_a_difference_that_seeds_do_not_carry_is_marked_nowhere(sweep_store, tmp_path):
+    store, sweep = invented(
+        sweep_store, tmp_path, methods=["kron_vl", "kron_prune"], noise=0.3, unhappy=False
+    )
     found = ranked(store, sweep)
     assert all(arm.is_best for arm in found.arms)
     assert not found.tells_apart
@@ -185,13 +168,13 @@ def test_nobody_beats_the_front(ranking):
             assert beaten == (arm not in front)
 
 
-def test_equal_sizes_have_no_front(sweeps, tmp_path):
-    store, sweep = invented(sweeps, tmp_path, shapes=[(256, 256)], unhappy=False)
+def test_equal_sizes_have_no_front(sweep_store, tmp_path):
+    store, sweep = invented(sweep_store, tmp_path, shapes=[(256, 256)], unhappy=False)
     assert all(arm.fronts == () for arm in ranked(store, sweep).arms)
 
 
-def test_without_scores_the_last_validation_ranks(sweeps, tmp_path):
-    store, sweep = invented(sweeps, tmp_path, scored=False)
+def test_without_scores_the_last_validation_ranks(sweep_store, tmp_path):
+    store, sweep = invented(sweep_store, tmp_path, scored=False)
     found = ranked(store, sweep)
     assert found.measure == VALIDATION
     assert not found.knows_text
@@ -201,16 +184,16 @@ def test_without_scores_the_last_validation_ranks(sweeps, tmp_path):
     assert found.teacher_loss is None
 
 
-def test_one_seed_without_windows_says_nothing_of_significance(sweeps, tmp_path):
-    store, sweep = invented(sweeps, tmp_path, seeds=[0], unhappy=False, scored=False)
+def test_one_seed_without_windows_says_nothing_of_significance(sweep_store, tmp_path):
+    store, sweep = invented(sweep_store, tmp_path, seeds=[0], unhappy=False, scored=False)
     found = ranked(store, sweep)
     assert all(arm.interval is None and arm.gap is None for arm in found.arms)
     assert [arm.is_best for arm in found.arms] == [True] + [False] * 8
     assert not any(cell.is_best for row in ranking_table(found).rows for cell in row)
 
 
-def test_one_seed_with_windows_knows_the_text_and_says_what_it_does_not(sweeps, tmp_path):
-    store, sweep = invented(sweeps, tmp_path, seeds=[0], unhappy=False)
+def test_one_seed_with_windows_knows_the_text_and_says_what_it_does_not(sweep_store, tmp_path):
+    store, sweep = invented(sweep_store, tmp_path, seeds=[0], unhappy=False)
     found = ranked(store, sweep)
     assert found.knows_text
     assert not found.knows_seeds
@@ -242,8 +225,8 @@ def test_a_lost_score_is_named_and_the_rest_is_ranked_by_validation(store, tmp_p
 # --- main effects -------------------------------------------------------------------------------------------
 
 
-def test_effects_of_a_balanced_design_are_means_over_the_other_axes(sweeps, tmp_path):
-    store, sweep = invented(sweeps, tmp_path, unhappy=False)
+def test_effects_of_a_balanced_design_are_means_over_the_other_axes(sweep_store, tmp_path):
+    store, sweep = invented(sweep_store, tmp_path, unhappy=False)
     arms = ranked(store, sweep).arms
     effects = {effect.axis: effect for effect in main_effects(sweep, arms)}
     assert set(effects) == {"method", "method.shape"}
@@ -272,39 +255,39 @@ def test_an_unbalanced_design_compares_on_equal_ground_and_says_so(sweep, rankin
         assert level.loss == by_name[f"{level.text} 256x256"].loss
 
 
-def test_effects_before_anyone_was_stopped_are_balanced(sweeps, sweep):
+def test_effects_before_anyone_was_stopped_are_balanced(sweep_store, sweep):
     tokens, arms = before_stops(sweep)
-    assert tokens == sweeps.RUNGS[0]
+    assert tokens == sweep_store.RUNGS[0]
     assert all(arm.is_whole for arm in arms)
     assert all(effect.note == "" for effect in main_effects(sweep, arms))
 
 
-def test_nobody_stopped_has_no_early_effects(sweeps, tmp_path):
-    _, sweep = invented(sweeps, tmp_path, unhappy=False, scored=False)
+def test_nobody_stopped_has_no_early_effects(sweep_store, tmp_path):
+    _, sweep = invented(sweep_store, tmp_path, unhappy=False, scored=False)
     assert before_stops(sweep) == (0, ())
 
 
-def test_a_value_without_the_other_axis_is_left_out_by_name(sweeps, tmp_path):
-    row, _ = sweeps.trial(tmp_path, "kron_vl", (256, 256), 0, noise=0.01, unhappy=False)
+def test_a_value_without_the_other_axis_is_left_out_by_name(sweep_store, tmp_path):
+    row, _ = sweep_store.trial(tmp_path, "kron_vl", (256, 256), 0, noise=0.01, unhappy=False)
     extra = [
         {**row, "key": f"svd{s}", "name": f"svd s{s}", "arm": "svd", "seed": s, "choices": {"method": "svd"}}
         for s in range(3)
     ]
-    store, sweep = invented(sweeps, tmp_path, unhappy=False, scored=False, more=extra)
+    store, sweep = invented(sweep_store, tmp_path, unhappy=False, scored=False, more=extra)
     effects = {effect.axis: effect for effect in main_effects(sweep, ranked(store, sweep).arms)}
     assert {level.text for level in effects["method"].levels} == {"kron_vl", "kron_prune", "random_init"}
     assert "left out, as no combination has it and all others: svd" in effects["method"].note
 
 
-def test_arms_that_share_nothing_have_no_effects(sweeps, tmp_path):
+def test_arms_that_share_nothing_have_no_effects(sweep_store, tmp_path):
     drawn = []
     for number, lr in enumerate((1e-4, 3e-4, 9e-4)):
-        row, _ = sweeps.trial(tmp_path, "kron_vl", (256, 256), 0, noise=0.01, unhappy=False)
+        row, _ = sweep_store.trial(tmp_path, "kron_vl", (256, 256), 0, noise=0.01, unhappy=False)
         choices = {"train.lr": lr, "train.warmup_steps": number}
         drawn.append(
             {**row, "key": f"k{number}", "name": f"lr={lr} s0", "arm": f"lr={lr}", "choices": choices}
         )
-    sweeps.write_sweep(tmp_path, methods=[], more=drawn, name="drawn")
+    sweep_store.write_sweep(tmp_path, methods=[], more=drawn, name="drawn")
     record = tmp_path / open_sweep(Store(tmp_path), "drawn").record.address / "record.json"
     table = json.loads(record.read_text())
     table["config"]["sweep"]["axes"] = [["train.lr", {}], ["train.warmup_steps", {}]]
@@ -315,16 +298,16 @@ def test_arms_that_share_nothing_have_no_effects(sweeps, tmp_path):
     assert all("no effect of its own" in effect.note for effect in found)
 
 
-def test_a_shape_and_its_terms_are_one_axis(sweeps, tmp_path):
+def test_a_shape_and_its_terms_are_one_axis(sweep_store, tmp_path):
     rows = []
     for terms, seed in ((1, 0), (1, 1), (2, 0), (2, 1)):
-        row, _ = sweeps.trial(tmp_path, "kron_vl", (256, 256), seed, noise=0.01, unhappy=False)
+        row, _ = sweep_store.trial(tmp_path, "kron_vl", (256, 256), seed, noise=0.01, unhappy=False)
         choices = {"method.shape": [256, 256], "method.terms": terms}
         arm = f"256x256 r={terms}"
         loss = row["val_loss"] - terms / 10
         extra = {"key": f"{terms}{seed}", "name": f"{arm} s{seed}", "arm": arm, "choices": choices}
         rows.append({**row, **extra, "val_loss": loss})
-    sweeps.write_sweep(tmp_path, methods=[], more=rows, name="terms")
+    sweep_store.write_sweep(tmp_path, methods=[], more=rows, name="terms")
     sweep = open_sweep(Store(tmp_path), "terms")
     assert sweep.axes == {"method.shape": ("method.terms",)}
     (effect,) = main_effects(sweep, ranked(Store(tmp_path), sweep).arms)
@@ -341,9 +324,9 @@ def test_a_sweep_is_found_by_name_and_by_address(store, sweep):
         open_sweep(store, "shape")
 
 
-def test_of_namesakes_the_newest_is_taken_and_the_others_are_named(sweeps, tmp_path):
-    first = sweeps.write_sweep(tmp_path, scored=False, seeds=[0])
-    second = sweeps.write_sweep(tmp_path, scored=False, seeds=[0, 1])
+def test_of_namesakes_the_newest_is_taken_and_the_others_are_named(sweep_store, tmp_path):
+    first = sweep_store.write_sweep(tmp_path, scored=False, seeds=[0])
+    second = sweep_store.write_sweep(tmp_path, scored=False, seeds=[0, 1])
     path = tmp_path / first.record.address / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": "2001-01-01T00:00:00+00:00"}))
     sweep = open_sweep(Store(tmp_path), "shapes")
@@ -351,15 +334,15 @@ def test_of_namesakes_the_newest_is_taken_and_the_others_are_named(sweeps, tmp_p
     assert any(first.record.address in problem for problem in sweep.problems)
 
 
-def test_a_sweep_on_its_way_says_how_to_end_it(sweeps, tmp_path):
-    artifact = sweeps.write_sweep(tmp_path, scored=False)
+def test_a_sweep_on_its_way_says_how_to_end_it(sweep_store, tmp_path):
+    artifact = sweep_store.write_sweep(tmp_path, scored=False)
     (tmp_path / artifact.record.address / "record.json").unlink()
     with pytest.raises(StoreError, match="was begun: the same `krony sweep` goes on from there"):
         open_sweep(Store(tmp_path), "shapes")
 
 
-def test_a_damaged_list_of_trials_is_one_line(sweeps, tmp_path):
-    artifact = sweeps.write_sweep(tmp_path, scored=False, more=[{"key": "0", "state": "lost"}])
+def test_a_damaged_list_of_trials_is_one_line(sweep_store, tmp_path):
+    artifact = sweep_store.write_sweep(tmp_path, scored=False, more=[{"key": "0", "state": "lost"}])
     with pytest.raises(StoreError, match=rf"{artifact.record.address}/trials.json: not a list of trials"):
         open_sweep(Store(tmp_path), "shapes")
 
@@ -376,41 +359,3 @@ def test_the_best_recipe_is_the_config_of_the_best_trial(sweep, ranking, tmp_pat
     assert to_json(config) == sweep.configs[trial.key]
     assert config.method.name == "kron_prune"
     assert chain(config).run.address.startswith("run/kron_prune-s0-")
-
-
-@pytest.mark.parametrize(
-    "path", sorted((TESTS.parent / "configs").glob("gpt2/k*.toml")), ids=lambda p: p.stem
-)
-def test_any_shipped_config_survives_being_written(path, tmp_path):
-    for number, config in enumerate(load_study(path).configs):
-        target = tmp_path / f"{number}.toml"
-        target.write_text(recipe(to_json(config)))
-        (again,) = load_study(target).configs
-        assert again == config
-        assert chain(again).run.fingerprint == chain(config).run.fingerprint
-
-
-def test_a_recipe_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="unknown key 'sead'"):
-        recipe({"sead": 1})
-
-
-plain = st.one_of(
-    st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False), st.text(max_size=12)
-)
-table = st.recursive(
-    plain,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.text(max_size=6), table, max_size=4))
-def test_what_is_written_as_toml_is_read_back(value):
-    assert tomllib.loads(to_toml(value)) == value
-
-
-def test_what_toml_cannot_hold_is_refused():
-    with pytest.raises(KronyError, match="has no form in TOML"):
-        to_toml({"a": {1, 2}})

@@ -2,6 +2,7 @@
 
 import ast
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_a_file_keeps_its_budget(path: Path):
         for each in (node, *owned):
             if isinstance(each, Function | ast.ClassDef) and not each.name.startswith("_"):
                 assert ast.get_docstring(each), f"{each.name} is public and has no docstring"
+
+
+def test_no_file_of_the_project_holds_two_ideas():
+    """Tests and benchmarks are read as well."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [PROJECT / line for line in listed.stdout.splitlines() if (PROJECT / line).is_file()]
+    assert {*FILES, Path(__file__).resolve()} <= set(files)
+    assert not {name(path): size for path in files if (size := len(path.read_text().splitlines())) > 400}
 
 
 def test_half_of_all_files_fit_one_sitting():

@@ -36,7 +36,7 @@ def compared(
     column = itemgetter("teacher", "measure")
     for _, members in groupby(sorted(rows, key=column), key=column):
         cells = list(members)
-        arms = resampled(cells, read, problems, resamples=resamples)
+        arms = resampled([(row, read) for row in cells], problems, resamples=resamples)
         for arm in arms:
             if ends := own_interval(arm):
                 arm.row["low"], arm.row["high"] = ends

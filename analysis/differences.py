@@ -6,7 +6,7 @@ equally often is McNemar's exact test. The minimum detectable difference is what
 say: the true difference that this text and these seeds show four times in five.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -95,11 +95,14 @@ def difference(first: Arm, second: Arm, *, rng: np.random.Generator) -> Differen
 
 
 def resampled(
-    cells: Sequence[Row], read: Read, problems: list[str], *, resamples: int = RESAMPLES
+    cells: Iterable[tuple[Row, Read]], problems: list[str], *, resamples: int = RESAMPLES
 ) -> list[Arm]:
-    """Bootstrap means of each cell of one column, over the same resamples for all; others become problems."""
+    """Bootstrap means of each cell of one column, over the same resamples for all; others become problems.
+
+    With each cell comes what reads its losses: cells may lie in several stores.
+    """
     units: list[tuple[Row, Floats, Floats]] = []
-    for row in cells:
+    for row, read in cells:
         try:
             seeds = [units_of(read(address), row["weighting"]) for address in row["address"].split()]
         except (StoreError, OSError, KeyError, ValueError) as err:

@@ -54,7 +54,7 @@ def declared(
         cells = [_cells(arms, of_variant[name]) for name in pair]
         for measure in sorted(cells[0].keys() & cells[1].keys()):
             first, second = cells[0][measure], cells[1][measure]
-            members = resampled([first, second], read, problems)
+            members = resampled([(first, read), (second, read)], problems)
             gap = difference(*members, rng=generator(1)) if len(members) == len(pair) else None
             if gap is not None:
                 found.append((first, second, gap))

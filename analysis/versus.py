@@ -6,9 +6,9 @@ do is in no interval: `krony report` combines seeds.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from analysis import names
@@ -18,6 +18,7 @@ from analysis.lineage import Graph
 from analysis.lookup import Found, find
 from analysis.stats import holm
 from analysis.traces import losses, matrix_errors
+from pipeline.config.identity import differing
 from pipeline.errors import StoreError
 from pipeline.store.artifacts import Store
 from pipeline.store.records import Record
@@ -98,11 +99,13 @@ def versus(first: str, second: str, *, store: Store | str) -> Versus:
     return Versus(
         addresses=addresses,
         labels=(_label(sides[0], measured[0]), _label(sides[1], measured[1])),
-        settings=_differing(_made(sides[0]), _made(sides[1])),
+        settings=tuple(
+            Pair(path, *values) for path, values in differing(_made(sides[0]), _made(sides[1])).items()
+        ),
         sizes=_both(_size(sides[0], measured[0]), _size(sides[1], measured[1])),
         measures=_compared(sides, [(measured[0][key], measured[1][key]) for key in common], problems),
         errors=errors,
-        problems=tuple(re.sub(r"\b[AB]:(?=scores/)", "", problem) for problem in problems),
+        problems=tuple(problems),
     )
 
 
@@ -121,17 +124,14 @@ def _compared(
     sides: Sequence[Found], rows: Sequence[tuple[Row, Row]], problems: list[str]
 ) -> tuple[Measure, ...]:
     found: list[tuple[Row, Row, Difference | None]] = []
+    reads = [partial(losses, side.store) for side in sides]
     for pair in rows:
-        # one address may be in two stores: the side goes with it
-        cells = [
-            {**row, "address": f"{side}:{row['address']}"} for side, row in zip(SIDES, pair, strict=True)
-        ]
-        arms = resampled(cells, lambda key: losses(sides[SIDES.index(key[0])].store, key[2:]), problems)
+        arms = resampled(zip(pair, reads, strict=True), problems)
         for arm in arms:
             if ends := own_interval(arm):
                 arm.row["low"], arm.row["high"] = ends
         gap = difference(arms[0], arms[1], rng=generator(1)) if len(arms) == len(pair) else None
-        found.append((cells[0], cells[1], gap))
+        found.append((*pair, gap))
     adjusted = iter(holm([gap.gap.p_value for *_, gap in found if gap]))
     return tuple(Measure(a["protocol"], a, b, gap, next(adjusted) if gap else None) for a, b, gap in found)
 
@@ -142,18 +142,6 @@ def _made(side: Found) -> dict[str, Any]:
     for record in side.graph.path(side.record):
         found.setdefault(record.kind, dict(record.config))
     return found
-
-
-def _differing(a: Any, b: Any, path: str = "") -> tuple[Pair, ...]:
-    """Every leaf that differs; where one side lacks a table, each leaf of the other."""
-    if isinstance(a, Mapping) or isinstance(b, Mapping):
-        left, right = (dict(each) if isinstance(each, Mapping) else {} for each in (a, b))
-        return tuple(
-            pair
-            for key in sorted({*left, *right})
-            for pair in _differing(left.get(key), right.get(key), f"{path}.{key}" if path else str(key))
-        )
-    return () if a == b else (Pair(path, a, b),)
 
 
 def _size(side: Found, rows: Mapping[str, Row]) -> dict[str, int | None]:

@@ -65,7 +65,7 @@ def run(verb: str, argv: Sequence[str] | None = None) -> int:
         module = f"{verb}_" if keyword.iskeyword(verb) else verb
         return int(importlib.import_module(f"jobs.{module}").main(argv))
     except KronyError as err:
-        return _fail(f"krony {verb}: {err}", err.exit_code)
+        return _fail(f"krony {verb}: {err.line}", err.exit_code)
     except KeyboardInterrupt:
         return _fail(
             f"krony {verb}: interrupted; what is finished is kept, the same command goes on from there", 130
@@ -80,7 +80,7 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
 
 
 def _fail(line: str, code: int) -> int:
-    print(line.replace("\n", " "), file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
     return code
 
 

@@ -114,7 +114,7 @@ def earlier(config: RunConfig) -> RunConfig | None:
 def train_tokens(config: RunConfig) -> int:
     """Tokens of recovery training up to the model that `config` asks for, earlier stages included."""
     before = earlier(config)
-    return config.train.max_steps * config.train.batch_tokens + (train_tokens(before) if before else 0)
+    return config.train.total_tokens + (train_tokens(before) if before else 0)
 
 
 def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> Chain:

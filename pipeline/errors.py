@@ -15,6 +15,11 @@ class KronyError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    @property
+    def line(self) -> str:
+        """The message as one line, also where a library's words of several lines are part of it."""
+        return " ".join(str(self).split())
+
 
 class ConfigError(KronyError):
     """The configuration or the command line is wrong."""

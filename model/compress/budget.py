@@ -5,11 +5,12 @@ keeps of the past. None is ever exceeded or rounded up. What does not fit, or st
 an error that says by how much and which settings would do.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, NamedTuple
 
-from model.config import Convention, ModelError, ModelSpec
+from model.config import Convention, ModelError, ModelSpec, Site
 
 Allocation = Literal["uniform", "modegpt_bi", "greedy_gain"]
 """How a cap is spread over modules."""
@@ -92,6 +93,11 @@ class Budget:
             spec.macs_per_token("factored") if self.macs else 0,
             kv_bytes(spec) if self.kv_bytes else 0,
         )
+
+    def size_without(self, spec: ModelSpec, replaced: Iterable[Site]) -> Size:
+        """The cost of everything but the weight matrices that are to be replaced, as far as it is capped."""
+        gone = [Size(site.cost.params - site.n_bias, site.cost.macs) for site in replaced]
+        return reduce(lambda left, matrix: left.grown(matrix, -1), gone, self.size(spec))
 
     def holds(self, size: Size) -> bool:
         """Whether no cap is exceeded."""

@@ -151,13 +151,9 @@ def plan_kron_mlp(method: str, spec: ModelSpec, choice: KronChoice, budget: Budg
 
 
 def base_size(spec: ModelSpec, choice: KronChoice, budget: Budget) -> Size:
-    """The cost of everything but the matrices to be replaced, as far as it is capped."""
+    """The cost of everything but both MLP matrices of the chosen blocks."""
     names = {f"h.{i}.{role}" for i in chosen_blocks(spec, choice.layers) for role in (UP, DOWN)}
-    replaced = [site for site in spec.sites() if site.name in names]
-    gone = Size(
-        sum(site.cost.params - site.n_bias for site in replaced), sum(site.cost.macs for site in replaced)
-    )
-    return budget.size(spec).grown(gone, -1)
+    return budget.size_without(spec, (site for site in spec.sites() if site.name in names))
 
 
 def _step(shapes: Iterable[KronShape], *, scales: bool) -> Size:

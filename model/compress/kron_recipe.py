@@ -7,6 +7,8 @@ no torch.
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from model.marks import UNLESS_DEFAULT
+
 Gauge = Literal["rms", "sqrt"]
 
 
@@ -238,9 +240,7 @@ class TQCompressor:
     rtol: float = 1e-4
     """Stop when no reordering lowers the error by more than this share of it."""
 
-    stage: Literal["once", "table", "mlp", "inner"] = field(
-        default="once", metadata={"identity": "unless default"}
-    )
+    stage: Literal["once", "table", "mlp", "inner"] = field(default="once", metadata=UNLESS_DEFAULT)
     """How far to go: halve the table; then the MLPs; then halve what is left of the table. Each stage after
     the first starts from the recovered model of the one before; `once` does all of it on the teacher.
     """

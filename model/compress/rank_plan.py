@@ -123,16 +123,10 @@ def _plan(
     return Plan(method=method, source=spec, spec=result)
 
 
-def _base(spec: ModelSpec, sites: Sequence[Site], budget: Budget) -> Size:
-    """The cost of everything but the matrices to be replaced, as far as it is capped."""
-    gone = Size(sum(site.cost.params - site.n_bias for site in sites), sum(site.cost.macs for site in sites))
-    return budget.size(spec).grown(gone, -1)
-
-
 def _room(spec: ModelSpec, sites: Sequence[Site], budget: Budget) -> int:
     """Entries of factors that the caps leave; each is one parameter and one multiply-accumulate."""
     everything = sum(site.n_in * site.n_out for site in sites)
-    return budget.most(_base(spec, sites, budget), Size(1, 1), limit=everything)
+    return budget.most(budget.size_without(spec, sites), Size(1, 1), limit=everything)
 
 
 def _range(spec: ModelSpec, recipe: LowRankRecipe, budget: Budget) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
-from pipeline.config.fields import UNLESS_DEFAULT
+from model.marks import UNLESS_DEFAULT
 
 
 def identity_fields(value: Any) -> Any:
@@ -33,11 +33,16 @@ def _counts(item: Field[Any], value: Any) -> bool:
 
 
 def differing(first: Any, second: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Leaves at which two JSON values differ, by dotted path: what `shape=… init=…` names are made of."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
+    """Leaves at which two JSON values differ, by dotted path: what `shape=… init=…` names are made of.
+
+    Where one of them has no table, every leaf of the other's differs from None.
+    """
+    tables = [each for each in (first, second) if isinstance(each, Mapping)]
+    if tables and all(isinstance(each, Mapping) or each is None for each in (first, second)):
+        left, right = first or {}, second or {}
         found: dict[str, tuple[Any, Any]] = {}
-        for key in sorted({*first, *second}):
+        for key in sorted({*left, *right}):
             path = f"{prefix}.{key}" if prefix else str(key)
-            found |= differing(first.get(key), second.get(key), prefix=path)
+            found |= differing(left.get(key), right.get(key), prefix=path)
         return found
     return {} if first == second else {prefix: (first, second)}

@@ -35,6 +35,9 @@ _PATH_FIELDS = (
 _NAME_OR_PATH_FIELDS = (("corpus", "repo"), ("teacher", "id"))
 """A hub id, unless it is written as a path: `./…`, `../…`, `/…`, `~…`, or with a `$VARIABLE`."""
 
+FILE_FIELDS = (*_PATH_FIELDS, *_NAME_OR_PATH_FIELDS)
+"""Section and key of every field that may lead to files."""
+
 
 @dataclass(frozen=True, slots=True)
 class Study:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from model.compress.kron_recipe import KronVL
 from model.compress.recipe import MethodRecipe
-from pipeline.config.fields import NOT_IDENTITY, UNLESS_DEFAULT
+from model.marks import NOT_IDENTITY, UNLESS_DEFAULT
 from pipeline.config.sources import BpeTokenizer, Corpus, DataConfig, PydocsCorpus, Tokenizer
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.fields import NOT_IDENTITY
+from model.marks import NOT_IDENTITY
 from pipeline.errors import ConfigError
 
 

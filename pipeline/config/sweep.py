@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.config.fields import NOT_IDENTITY
+from model.marks import NOT_IDENTITY
 from pipeline.config.load import UNIONS, explain, flag_table, merge, read_toml, validate, with_name
 from pipeline.config.paths import known_paths, landing, lay, require_path
 from pipeline.config.schema import RunConfig

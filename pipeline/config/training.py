@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.fields import NOT_IDENTITY, UNLESS_DEFAULT
+from model.marks import NOT_IDENTITY, UNLESS_DEFAULT
 from pipeline.errors import ConfigError
 
 
@@ -148,3 +148,12 @@ class TrainConfig:
             raise ConfigError(
                 f"train.max_steps={self.max_steps} and train.lr={self.lr} must not be negative or zero"
             )
+
+    @property
+    def total_tokens(self) -> int:
+        """Training tokens of the whole run."""
+        return self.max_steps * self.batch_tokens
+
+    def step_at(self, tokens: int) -> int:
+        """The first step after which at least so many tokens were read."""
+        return -(-tokens // self.batch_tokens)

@@ -83,7 +83,7 @@ class Campaign:
                 choices=dict(spec.choices),
                 picks=dict(picks or {}),
                 seed=spec.seed,
-                total_tokens=config.train.max_steps * config.train.batch_tokens,
+                total_tokens=config.train.total_tokens,
             )
 
     @property
@@ -168,8 +168,8 @@ class Campaign:
 
     def _was_at(self, entry: Entry, rung: int) -> bool:
         """Whether it can be compared; a run trained before may have no validation at this very rung."""
-        batch = self.configs[entry.key].train.batch_tokens
-        return entry.state != "finished" or any(rung <= tokens < rung + batch for tokens in entry.rungs)
+        train = self.configs[entry.key].train
+        return entry.state != "finished" or train.step_at(rung) * train.batch_tokens in entry.rungs
 
     # --- what was heard -------------------------------------------------------------------------------------
 

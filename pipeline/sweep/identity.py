@@ -6,23 +6,16 @@ from typing import Any
 
 from pipeline.chain import VERSIONS, Chains
 from pipeline.config.identity import identity_fields
+from pipeline.config.load import FILE_FIELDS, UNIONS
 from pipeline.config.sweep import SweepStudy
 from pipeline.errors import ConfigError
 from pipeline.store.artifacts import Identity, Store
 from pipeline.sweep.ledger import Book, Ledger
 
 PLACES = frozenset(
-    (
-        "corpus",
-        "corpus.paths",
-        "corpus.validation_paths",
-        "tokenizer",
-        "tokenizer.path",
-        "teacher",
-        "teacher.id",
-    )
+    path for section, key in FILE_FIELDS if section in UNIONS for path in (section, f"{section}.{key}")
 )
-"""Axes whose values may lead to files: what these hold is part of the sweep."""
+"""Axes whose values may lead to files of data or weights: what these hold is part of the sweep."""
 
 
 def sweep_identity(study: SweepStudy) -> Identity:

@@ -58,7 +58,7 @@ class Job:
     @property
     def total_tokens(self) -> int:
         """Training tokens of the whole trial."""
-        return self.config.train.max_steps * self.config.train.batch_tokens
+        return self.config.train.total_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +181,7 @@ def perform(job: Job, channel: Channel, *, finish: Finish | None = None) -> Outc
     try:
         return _perform(job, channel, finish)
     except KronyError as err:
-        return Outcome(state="failed", reason=" ".join(str(err).split()))
+        return Outcome(state="failed", reason=err.line)
     finally:
         channel.leave()
 
@@ -196,7 +196,7 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
     driver = Driver(
         on_row=on_row,
         should_stop=lambda: channel.why != "",
-        validate_at=tuple(-(-rung // job.config.train.batch_tokens) for rung in job.rungs),
+        validate_at=tuple(map(job.config.train.step_at, job.rungs)),
         on_group=channel.join,
     )
     work = Work.on(job.config, quiet=True, driver=driver)

@@ -206,7 +206,7 @@ def _trial(trial: TrialSpec, size: Outlook, start: Start, chain: Chain, pace: "P
         trial=trial,
         size=size,
         start=start,
-        tokens=train.max_steps * train.batch_tokens,
+        tokens=train.total_tokens,
         train_s=run_s,
         is_measured=bool(pace and pace.is_measured and size.plan),
         memory_bytes=workers * (pace.memory_bytes + PROCESS_BYTES) if pace else 0,

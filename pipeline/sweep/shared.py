@@ -48,7 +48,7 @@ def build_base(configs: Mapping[str, RunConfig], *, chains: Chains, quiet: bool)
         except KronyError as err:
             if len(reasons) == len(firsts) - 1:
                 raise
-            reasons[base(key)] = " ".join(str(err).split())
+            reasons[base(key)] = err.line
     return {key: reasons[base(key)] for key in configs if base(key) in reasons}
 
 
@@ -70,7 +70,7 @@ def build(task: Task) -> str:
     try:
         STAGES[stage](Work.on(config, quiet=True))
     except KronyError as err:
-        return " ".join(str(err).split())
+        return err.line
     return ""
 
 

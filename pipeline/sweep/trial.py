@@ -159,7 +159,7 @@ def _finish(config: RunConfig) -> str:
     try:
         stages.scores(Work.on(config, quiet=True))
     except KronyError as err:  # over Ray it would arrive with a traceback
-        return " ".join(str(err).split())
+        return err.line
     return ""
 
 

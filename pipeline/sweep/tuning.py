@@ -175,8 +175,8 @@ class Verdicts(FIFOScheduler):  # type: ignore[misc]
         rule, entry = self._campaign.rule, self._campaign.book.entries[key]
         if rule is None or not 0 < tokens < entry.total_tokens:
             return
-        batch = self._campaign.configs[key].train.batch_tokens
-        rungs = {-(-rung // batch) * batch for rung in rule.rungs(entry.total_tokens)}
+        train = self._campaign.configs[key].train
+        rungs = {train.step_at(rung) * train.batch_tokens for rung in rule.rungs(entry.total_tokens)}
         if rule.name == "asha" and tokens not in rungs:
             return
         if self._judge(key, tokens, loss) and not entry.is_over:

@@ -1,4 +1,8 @@
-"""What every section of the configuration shares: the mark of a field that cannot change a result."""
+"""Marks of config and recipe fields: which of them decide a result, and so the address of what is built.
+
+A field without a mark does. They stand here because recipes of methods carry them like every other section;
+`pipeline.config.identity` reads them. Loads nothing.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -5,9 +5,8 @@
 
 Statistics are there for methods that need any, and belong to what is needed, not to the method: methods with
 equal needs share them. An init whose recipe is a later stage of another starts from that one's run as well.
-An address is a pure function of the config and of what the outside world says about
-a source (package versions, file digests). Nothing heavy is loaded, so `krony status` and `--plan` answer at
-once.
+An address is a pure function of the config and of what the outside world says about a source (package
+versions, file digests). Nothing heavy is loaded, so `krony status` and `--plan` answer at once.
 """
 
 from collections.abc import Mapping

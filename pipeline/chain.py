@@ -155,8 +155,12 @@ def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> C
 
 def protocols(config: RunConfig) -> list[Protocol]:
     """The protocols that a config names, as its model can follow them and as far as it reads them."""
-    named = (get_protocol(name).at_context(_context(config)) for name in config.eval.protocols)
-    return [protocol.at_tokens(config.eval.max_tokens or protocol.limit) for protocol in named]
+    return [
+        named.at_context(_context(config))
+        .at_tokens(config.eval.max_tokens or named.limit)
+        .at_precision("bf16" if config.eval.precision == "bf16" else named.precision)
+        for named in map(get_protocol, config.eval.protocols)
+    ]
 
 
 def scores_identity(protocol: Protocol, model: Identity, tokens: Identity) -> Identity:

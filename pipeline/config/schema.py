@@ -160,6 +160,9 @@ class EvalConfig:
     max_tokens: int = 0
     """Read only the first tokens of each text, and say so in the protocol's id (`@first…`); 0 reads all."""
 
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What models compute in; with `bf16` the protocol's id says so (`@bf16`), and it is another column."""
+
     batch: int = field(default=8, metadata=NOT_IDENTITY)
     """Windows per forward pass."""
 

@@ -4,8 +4,9 @@ A protocol fixes the text, how it is cut into windows, what is scored and how wi
 numbers may share a column only if they share the id. A changed meaning is a new version. A model whose
 context is shorter than the window cannot follow the protocol as written: `at_context` gives the variant it
 can follow, under an id of its own (`krony/wt103@ctx256`); `at_tokens` the variant that reads only the first
-tokens of a text (`corpus/val@first131072`). The `gate` is what published dense GPT-2 must
-score before anything is compared. Loads no torch.
+tokens of a text (`corpus/val@first131072`); `at_precision` the variant that the model computes in bf16
+(`corpus/val@bf16`). The `gate` is what published dense GPT-2 must score before anything is compared. Loads no
+torch.
 """
 
 import difflib
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError
 Metric = Literal["perplexity", "accuracy"]
 Targets = Literal["inside", "shifted", "last-word"]
 Weighting = Literal["windows", "tokens", "passages"]
+Precision = Literal["fp32", "bf16"]
 
 VALIDATION = "corpus-validation"
 """The text name that stands for the validation shards of a tokens artifact."""
@@ -74,6 +76,9 @@ class Protocol:
     limit: int = 0
     """Only the first tokens of the text are read, so many; 0 reads all of it."""
 
+    precision: Precision = "fp32"
+    """What the model computes in; softmax and sums are fp32 and fp64 in any case."""
+
     gate: Gate | None = None
     """Published value of dense GPT-2, where one exists."""
 
@@ -81,7 +86,8 @@ class Protocol:
     def description(self) -> str:
         """One sentence for the page."""
         part = f" Only the first {self.limit:,} tokens." if self.limit else ""
-        return self.about.format(window=f"{self.window:,}", stride=f"{self.stride:,}") + part
+        half = " Computed in bf16." if self.precision == "bf16" else ""
+        return self.about.format(window=f"{self.window:,}", stride=f"{self.stride:,}") + part + half
 
     def at_context(self, n_ctx: int) -> "Protocol":
         """The protocol for a model that sees `n_ctx` tokens: itself, or its `@ctx` variant."""
@@ -104,12 +110,21 @@ class Protocol:
             return self
         return replace(self, id=_variant(self.id, first=limit), limit=limit, gate=None)
 
+    def at_precision(self, precision: Precision) -> "Protocol":
+        """The protocol for a model that computes so: its numbers differ a little, so it is another column."""
+        if precision == self.precision:
+            return self
+        return replace(self, id=_variant(self.id, half=precision), precision=precision, gate=None)
 
-def _variant(protocol_id: str, *, ctx: int | None = None, first: int | None = None) -> str:
+
+def _variant(
+    protocol_id: str, *, ctx: int | None = None, first: int | None = None, half: Precision | None = None
+) -> str:
     """The id with its marks in one order, a given one replacing the one that stands there."""
-    marks: dict[str, str | int | None] = _MARKS.fullmatch(protocol_id).groupdict()  # type: ignore[union-attr]
-    marks |= {"ctx": ctx or marks["ctx"], "first": first or marks["first"]}
-    return f"{marks['base']}" + "".join(f"@{name}{marks[name]}" for name in ("ctx", "first") if marks[name])
+    marks = _MARKS.fullmatch(protocol_id).groupdict()  # type: ignore[union-attr]
+    given = {"ctx": ctx and f"ctx{ctx}", "first": first and f"first{first}", "half": half}
+    kept = (given[name] or marks[name] for name in given)
+    return "@".join([str(marks["base"]), *(str(mark) for mark in kept if mark)])
 
 
 def _krony(name: str, *, text: str, title: str, tokens: int, gate: float) -> tuple[Protocol, Protocol]:
@@ -186,20 +201,22 @@ _ALL: tuple[Protocol, ...] = (
 PROTOCOLS: Mapping[str, Protocol] = {protocol.id: protocol for protocol in _ALL}
 """Every protocol by id."""
 
-_MARKS = re.compile(r"(?P<base>.+?)(?:@ctx(?P<ctx>\d+))?(?:@first(?P<first>\d+))?")
+_MARKS = re.compile(r"(?P<base>.+?)(?:@(?P<ctx>ctx\d+))?(?:@(?P<first>first\d+))?(?:@(?P<half>bf16))?")
 
 
 def get_protocol(protocol_id: str) -> Protocol:
-    """The protocol of an id, `@ctx` and `@first` included; raises ConfigError with the nearest known ids."""
+    """The protocol of an id, `@ctx`, `@first` and `@bf16` included; else ConfigError with the nearest."""
     match = _MARKS.fullmatch(protocol_id)
     if match and match["base"] in PROTOCOLS:
         base = PROTOCOLS[match["base"]]
-        n_ctx, limit = int(match["ctx"] or base.window), int(match["first"] or 0)
+        n_ctx = int((match["ctx"] or f"ctx{base.window}").removeprefix("ctx"))
+        limit = int((match["first"] or "first0").removeprefix("first"))
+        precision: Precision = "bf16" if match["half"] else "fp32"
         if match["ctx"] and not 1 < n_ctx < base.window:
             raise ConfigError(
                 f"protocol {protocol_id!r}: the context must lie between 2 and {base.window - 1:,} tokens"
             )
-        return base.at_context(n_ctx).at_tokens(limit)
+        return base.at_context(n_ctx).at_tokens(limit).at_precision(precision)
     near = difflib.get_close_matches(protocol_id, PROTOCOLS, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"unknown protocol {protocol_id!r}{hint} Known: {', '.join(PROTOCOLS)}")

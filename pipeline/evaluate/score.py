@@ -81,12 +81,15 @@ def evaluate(
     require_vocabulary(encoding, arch.vocab_size, what="the model")
     network = model.to(device)
     followed = protocol.at_context(arch.n_ctx)
-    if followed.targets == "last-word":
-        if not isinstance(source, Text):
-            raise EvaluateError(f"{protocol.id} scores passages of a text, not {source.name!r}")
-        return evaluate_last_word(network, followed, source, encoding, batch=batch, quiet=quiet)
-    sequence = encode_text(source, encoding, followed) if isinstance(source, Text) else source
-    return evaluate_perplexity(network, followed, sequence.first(followed.limit), batch=batch, quiet=quiet)
+    kind = torch.device(device).type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=followed.precision == "bf16"):
+        if followed.targets == "last-word":
+            if not isinstance(source, Text):
+                raise EvaluateError(f"{protocol.id} scores passages of a text, not {source.name!r}")
+            return evaluate_last_word(network, followed, source, encoding, batch=batch, quiet=quiet)
+        whole = encode_text(source, encoding, followed) if isinstance(source, Text) else source
+        sequence = whole.first(followed.limit)
+        return evaluate_perplexity(network, followed, sequence, batch=batch, quiet=quiet)
 
 
 def size_metrics(model: GPT2) -> dict[str, int]:

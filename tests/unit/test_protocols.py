@@ -52,6 +52,11 @@ def test_a_part_of_a_text_is_another_protocol():
     assert part == whole.at_tokens(131_072).at_context(256) == get_protocol(part.id)
     assert part.description.endswith("Only the first 131,072 tokens.")
     assert part.at_tokens(64).id == "corpus/val@ctx256@first64"
+    half = part.at_precision("bf16")
+    assert half.id == "corpus/val@ctx256@first131072@bf16"
+    assert half == get_protocol(half.id) == whole.at_precision("bf16").at_tokens(131_072).at_context(256)
+    assert (half.precision, half.gate, half.at_precision("bf16") is half) == ("bf16", None, True)
+    assert "bf16" in half.description
     passages = get_protocol("lambada/openai_last_word")
     assert passages.at_tokens(1000) is passages
 

@@ -179,3 +179,16 @@ def test_a_part_of_a_text_scores_as_the_text_cut_there(model, encoding):
     assert mine.metrics() | {"protocol": ""} == theirs.metrics() | {"protocol": ""}
     assert mine.units.to_parquet() == theirs.units.to_parquet()
     assert mine.scored == 149
+
+
+def test_bf16_is_another_protocol_with_nearly_the_same_number(model, encoding):
+    ids = np.random.default_rng(0).integers(0, encoding.n_vocab - 1, 300)
+    text = TokenSequence("t", ids, token_bytes(encoding), "0" * 64, None)
+    full, half = (
+        evaluate(model, encoding, VALIDATION.at_precision(precision), text, quiet=True)
+        for precision in ("fp32", "bf16")
+    )
+    assert half.protocol.id.endswith("@bf16")
+    assert half.loss != full.loss
+    assert half.loss == pytest.approx(full.loss, rel=2e-3)
+    assert half.scored == full.scored

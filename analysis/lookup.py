@@ -29,11 +29,15 @@ class Found:
 
     def scores(self) -> list[Record]:
         """All scores of it; of a run also those of the models exported from it."""
+        return self.measured("scores")
+
+    def measured(self, kind: str) -> list[Record]:
+        """All measurements of one kind of it; of a run also those of the models exported from it."""
         same = {self.record.address}
         if self.record.kind == "run":
             models = self.graph.of_kind("model")
             same |= {each.address for each in models if self.record.address in _inputs(each)}
-        return [each for each in self.graph.of_kind("scores") if same & _inputs(each)]
+        return [each for each in self.graph.of_kind(kind) if same & _inputs(each)]
 
 
 def find(text: str, *, store: Store, graph: Graph) -> Found:

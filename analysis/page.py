@@ -12,6 +12,7 @@ from itertools import groupby
 from operator import itemgetter
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup, escape
 
 from analysis.comparison import Table, column_names, comparison, measure_titles, row_names
@@ -20,6 +21,7 @@ from analysis.frames import Frames
 from analysis.plots import CROWD, layer_errors, loss_curves, size_quality
 from analysis.provenance import Provenance, Step, explain
 from analysis.schema import rows_of
+from analysis.speed import speed_table
 from analysis.tables import markdown, published_table
 from analysis.verdicts import Verdict, declared_table, differences_table
 
@@ -106,6 +108,8 @@ class Page:
     """Comparisons that were declared before anything was run; without rows if there are none."""
     differences: Table
     """Every model against the best of its size and track."""
+    speed: Table
+    """Speed and memory over dense; without rows if nothing was measured."""
     published: Table
     figures: tuple[Figure, ...]
     origins: tuple[Origin, ...]
@@ -128,7 +132,14 @@ class Page:
         return render("page.md.j2", self)
 
 
-def build_page(frames: Frames, *, store: str, written: str, verdicts: Sequence[Verdict] = ()) -> Page:
+def build_page(
+    frames: Frames,
+    *,
+    store: str,
+    written: str,
+    verdicts: Sequence[Verdict] = (),
+    speeds: pd.DataFrame | None = None,
+) -> Page:
     """Everything a report says about these frames; `written` is the time of the newest record."""
     commands = frames.scores["command"].dropna()
     return Page(
@@ -137,6 +148,7 @@ def build_page(frames: Frames, *, store: str, written: str, verdicts: Sequence[V
         wide=comparison(frames.arms, layout="page"),
         declared=declared_table(verdicts),
         differences=differences_table(frames.arms),
+        speed=speed_table(speeds) if speeds is not None else Table((), ()),
         published=published_table(),
         figures=figures(frames),
         origins=tuple(_origins(frames, store)),

@@ -104,9 +104,9 @@ def explain(frames: Frames, text: str, *, store: str) -> Provenance:
             (f"text {cell['text']}", f"sha256 {cell['text_sha256']}"),
             ("its tokens", f"sha256 {cell['tokens_sha256']}"),
         ),
-        settings=tuple(_settings(paths)),
+        settings=tuple(settings_of(paths)),
         sources=tuple(_source(rows[path[0].address], path) for path in paths),
-        repeat=tuple(_repeat(records, store)),
+        repeat=tuple(commands_of(records, store)),
     )
 
 
@@ -164,14 +164,19 @@ def _value(cell: Mapping[str, Any]) -> str:
 def _source(row: Mapping[str, Any], path: Sequence[Record]) -> Source:
     warnings = [f"changed after use: {row['drifted']}"] if row["drifted"] else []
     warnings += [f"no record any more: {row['missing']}"] if row["missing"] else []
-    ordered = sorted(path, key=lambda record: KINDS.index(record.kind), reverse=True)
     return Source(
         value=float(row["value"]),
         seed=int(row["seed"]) if names.is_number(row["seed"]) else None,
         calibration_seed=int(row["calibration_seed"]) if names.is_number(row["calibration_seed"]) else None,
-        steps=tuple(_step(record) for record in ordered),
+        steps=steps_of(path),
         warnings=tuple(warnings),
     )
+
+
+def steps_of(path: Sequence[Record]) -> tuple[Step, ...]:
+    """The records of a path, the last that was made first."""
+    ordered = sorted(path, key=lambda record: KINDS.index(record.kind), reverse=True)
+    return tuple(_step(record) for record in ordered)
 
 
 def _step(record: Record) -> Step:
@@ -187,7 +192,7 @@ def _step(record: Record) -> Step:
     )
 
 
-def _settings(paths: Sequence[Sequence[Record]]) -> Iterator[tuple[str, str]]:
+def settings_of(paths: Sequence[Sequence[Record]]) -> Iterator[tuple[str, str]]:
     """Every leaf of every configuration; one value where all seeds share it."""
     found: dict[str, dict[str, None]] = {}
     for path in paths:
@@ -205,7 +210,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
         yield path, json.dumps(value, ensure_ascii=False)
 
 
-def _repeat(records: Sequence[Record], store: str) -> Iterator[str]:
+def commands_of(records: Sequence[Record], store: str) -> Iterator[str]:
     """A checkout and a command for each of them; equal ones once."""
     done: dict[str, None] = {}
     for record in records:

@@ -12,6 +12,8 @@ from analysis.comparison import comparison
 from analysis.frames import Frames, load_frames
 from analysis.page import build_page
 from analysis.provenance import Provenance, explain
+from analysis.speed import speed_table, speeds
+from analysis.speed_origin import explain_figure, is_figure
 from analysis.tables import csv, latex, markdown, terminal
 from analysis.traces import losses
 from analysis.verdicts import Pairs, declared, declared_table
@@ -45,12 +47,13 @@ def write_report(
     """
     opened = store if isinstance(store, Store) else Store(store)
     frames = load_frames(opened, scores=scores)
-    finished = frames.scores["finished"].dropna()
     problems: list[str] = []
+    measured = _speeds(frames, problems, everything=not scores)
+    finished = [*frames.scores["finished"].dropna(), *measured["finished"].dropna()]
     verdicts = declared(frames.scores, frames.arms, comparisons, partial(losses, opened), problems)
     frames = replace(frames, problems=tuple(dict.fromkeys([*frames.problems, *problems])))
     written = str(max(finished, default=""))
-    page = build_page(frames, store=opened.root.uri, written=written, verdicts=verdicts)
+    page = build_page(frames, speeds=measured, store=opened.root.uri, written=written, verdicts=verdicts)
     table = comparison(frames.arms)
     place = Location.of(out)
     contents = {
@@ -60,6 +63,7 @@ def write_report(
         "comparison.tex": latex(table),
         "scores.csv": csv(frames.scores),
         "history.csv": csv(frames.history),
+        **({"speed.csv": csv(measured), "speed.tex": latex(speed_table(measured))} if len(measured) else {}),
         **{f"figures/{figure.key}.svg": figure.svg for figure in page.figures},
     }
     for key, text in contents.items():
@@ -68,6 +72,17 @@ def write_report(
     shown += f"\n\ndeclared comparisons\n{terminal(declared_table(verdicts))}" if verdicts else ""
     missing = "".join(f"\nmissing   {problem}" for problem in frames.problems)
     return Report(out / "report.html", out / "report.md", shown + missing, frames)
+
+
+def _speeds(frames: Frames, problems: list[str], *, everything: bool) -> pd.DataFrame:
+    """What was measured of the models of these frames, or of all in the store."""
+    shown = {*frames.scores["run"].dropna(), *frames.scores["subject"].dropna()}
+    records = [
+        record
+        for record in frames.graph.of_kind("speed")
+        if everything or shown & {each.address for each in frames.graph.path(record)}
+    ]
+    return speeds(frames.graph, records, problems)
 
 
 def comparison_table(store: Store | str, *, scores: Sequence[str] = ()) -> str:
@@ -79,4 +94,8 @@ def comparison_table(store: Store | str, *, scores: Sequence[str] = ()) -> str:
 def explained(store: Store | str, cell: str, *, scores: Sequence[str] = ()) -> Provenance:
     """The provenance of the cell `ROW:COLUMN` of that report; raises ConfigError listing what there is."""
     opened = store if isinstance(store, Store) else Store(store)
-    return explain(load_frames(opened, scores=scores), cell, store=opened.root.uri)
+    frames = load_frames(opened, scores=scores)
+    if is_figure(cell):
+        measured = _speeds(frames, [], everything=not scores)
+        return explain_figure(frames.graph, measured, cell, store=opened.root.uri)
+    return explain(frames, cell, store=opened.root.uri)

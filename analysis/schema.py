@@ -87,6 +87,34 @@ MODULES: Mapping[str, str] = {
     "matrix": "str",
     "error": "float",
 }
+SPEEDS: Mapping[str, str] = {
+    "address": "str",
+    "subject": "str",
+    "run": "str",
+    "teacher": "str",
+    "variant": "str",
+    "plain_label": "str",
+    "seed": "int",
+    "side": "str",
+    "parameters": "int",
+    "quantity": "str",
+    "unit": "str",
+    "value": "float",
+    "low": "float",
+    "high": "float",
+    "ratio": "float",
+    "ratio_low": "float",
+    "ratio_high": "float",
+    "rounds": "int",
+    "device": "str",
+    "place": "str",
+    "protocol": "str",
+    "drifted": "str",
+    "missing": "str",
+    "commit": "str",
+    "command": "str",
+    "finished": "str",
+}
 
 _TYPES: Mapping[str, Any] = {"str": "string", "int": "Int64", "float": "Float64", "bool": "boolean"}
 

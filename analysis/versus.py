@@ -18,6 +18,7 @@ from analysis.lineage import Graph
 from analysis.lookup import Found, find
 from analysis.stats import holm
 from analysis.traces import losses, matrix_errors
+from analysis.versus_speed import Abreast, abreast
 from pipeline.config.identity import differing
 from pipeline.errors import StoreError
 from pipeline.store.artifacts import Store
@@ -62,6 +63,7 @@ class Versus:
     sizes: tuple[Pair, ...]
     measures: tuple[Measure, ...]
     errors: tuple[Pair, ...]
+    speeds: tuple[Abreast, ...]
     problems: tuple[str, ...]
 
     def json(self) -> str:
@@ -73,6 +75,10 @@ class Versus:
             "sizes": [asdict(pair) for pair in self.sizes],
             "measures": [_measure_json(measure) for measure in self.measures],
             "matrix_errors": [asdict(pair) for pair in self.errors],
+            "speeds": [
+                {"name": each.name, "place": each.a["place"], "a": each.a["ratio"], "b": each.b["ratio"]}
+                for each in self.speeds
+            ],
             "problems": self.problems,
         }
         return json.dumps(body, indent=1)
@@ -105,6 +111,7 @@ def versus(first: str, second: str, *, store: Store | str) -> Versus:
         sizes=_both(_size(sides[0], measured[0]), _size(sides[1], measured[1])),
         measures=_compared(sides, [(measured[0][key], measured[1][key]) for key in common], problems),
         errors=errors,
+        speeds=abreast(sides, problems),
         problems=tuple(problems),
     )
 

@@ -1,12 +1,14 @@
-"""Two models side by side, for a terminal: four short tables, each only if it has a row."""
+"""Two models side by side, for a terminal: five short tables, each only if it has a row."""
 
 from collections.abc import Sequence
 
 from analysis import names
 from analysis.comparison import Cell, Column, Table, interval_text
 from analysis.differences import Row
+from analysis.speed import ratio_cell
 from analysis.tables import terminal
 from analysis.versus import SIDES, Measure, Pair, Versus
+from analysis.versus_speed import Abreast
 
 _TITLES = {
     "parameters": "parameters",
@@ -26,6 +28,7 @@ def versus_text(found: Versus) -> str:
         _settings(found.settings),
         _sizes(found.sizes),
         _measures(found.measures),
+        _speeds(found.speeds),
         _errors(found.errors),
     ]
     missing = "\n".join(f"missing   {problem}" for problem in found.problems)
@@ -93,6 +96,15 @@ def _errors(pairs: Sequence[Pair]) -> Table:
     known = [pair for pair in pairs if names.is_number(pair.a) and names.is_number(pair.b)]
     rows = [(pair.name, f"{pair.a:.3f}", f"{pair.b:.3f}", f"{pair.a - pair.b:+.3f}") for pair in known]
     return _table("relative error", rows, "A − B")
+
+
+def _speeds(figures: Sequence[Abreast]) -> Table:
+    rows = []
+    for each in figures:
+        cells = [ratio_cell(row) for row in (each.a, each.b)]
+        rows.append((each.name, *(f"{c.text} ({c.detail})" if c.detail else c.text for c in cells)))
+    places = dict.fromkeys(f"{each.a['place']}; {each.a['protocol']}." for each in figures)
+    return _table("over dense", rows, notes=tuple(places))
 
 
 def _ratio(pair: Pair) -> float | None:

@@ -10,10 +10,7 @@ import argparse
 import json
 import platform
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from model.config import GPT2Config, Kron, ModelSpec
 from model.export import save_factored, save_stock
 from model.gpt2 import GPT2
 from pipeline.compress.folders import CODE, SOURCES
+from pipeline.evaluate.turns import Decoding, Spread, take_turns
 
 
 def write(folder: Path, options: argparse.Namespace) -> None:
@@ -39,32 +37,6 @@ def write(folder: Path, options: argparse.Namespace) -> None:
     save_stock(model, folder / "dense")
     for name in CODE:
         shutil.copyfile(SOURCES / name, folder / "factored" / name)
-
-
-def decoder(model: Any, prompt: torch.Tensor) -> Callable[[], None]:
-    """Reads the prompt, then makes one more token at each call."""
-    state: dict[str, Any] = {}
-
-    def step() -> None:
-        found = model(**(state or {"input_ids": prompt}), use_cache=True, logits_to_keep=1)
-        state["past_key_values"] = found.past_key_values
-        state["input_ids"] = found.logits[:, -1:].argmax(-1)
-
-    step()
-    return step
-
-
-def take_turns(sides: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call of each side."""
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, action in sides.items():
-            began = time.perf_counter()
-            action()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            took[name].append(time.perf_counter() - began)
-    return took
 
 
 def main() -> None:
@@ -94,12 +66,13 @@ def main() -> None:
         sizes = {side: (folder / side / "model.safetensors").stat().st_size for side in models}
         for batch in options.batches:
             prompt = torch.randint(50257, (batch, 128), device=options.device)
-            steps = {side: decoder(model, prompt) for side, model in models.items()}
-            took = {"decode": take_turns(steps, options.tokens, options.device)}
+            tokens, device = options.tokens, options.device
+            steps = {side: Decoding(model, prompt, tokens=tokens) for side, model in models.items()}
+            took = {"decode": take_turns(steps, rounds=tokens, device=device)}
             reads = {side: partial(model, prompt, logits_to_keep=1) for side, model in models.items()}
-            took["prefill"] = take_turns(reads, max(3, options.tokens // 8), options.device)
+            took["prefill"] = take_turns(reads, rounds=max(3, tokens // 8), device=device)
             for kind, sides in took.items():
-                median = {side: statistics.median(times) for side, times in sides.items()}
+                median = {side: Spread.quartiles(times).middle for side, times in sides.items()}
                 rows[f"{kind}@{batch}"] = {
                     **{f"{side}_ms": round(1000 * value, 3) for side, value in median.items()},
                     "ratio": round(median["factored"] / median["dense"], 3),

@@ -22,6 +22,7 @@ VERBS = {
     "train": "recovery training of a compressed model",
     "export": "trained model to folders that others can load",
     "eval": "model to scores, by protocol",
+    "speed": "models to speed and memory, against their teacher",
     "sweep": "many runs over axes and seeds: plan, train, compare",
     "report": "records to tables, plots and one page",
     "compare": "two models or runs side by side",

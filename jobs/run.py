@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for config in arguments.study.configs:
             addresses += [s.record.address for s in stages.scores(work.variant(config)).values()]
         swept = [run_sweep(sweep, quiet=arguments.quiet) for sweep in sweeps]
+    for config in arguments.study.configs:
+        if config.speed.enabled:  # now that Ray is gone
+            stages.speed(work.variant(config))
     addresses += [address for artifact in swept for address in scores_of(artifact)]
     from analysis.report import write_report
 

@@ -1,6 +1,6 @@
 """From one config to the identity of every artifact on the way: the whole plan, before anything is built.
 
-    corpus → tokenizer → tokens ─┬─ teacher ─┬─────────┬─ init → run → model → scores
+    corpus → tokenizer → tokens ─┬─ teacher ─┬─────────┬─ init → run → model → scores, speed
                                  └───────────┴─ stats ─┘
 
 Statistics are there for methods that need any, and belong to what is needed, not to the method: methods with
@@ -25,11 +25,10 @@ from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
 from pipeline.evaluate.texts import TEXTS
 from pipeline.store.artifacts import Identity
 from pipeline.store.location import Location, sha256_file
+from pipeline.store.records import KINDS
 
 # Raised by one when a producer's results change, so that old artifacts are not mistaken for new ones.
-VERSIONS: Mapping[str, int] = dict.fromkeys(
-    ("corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores", "sweep"), 1
-) | {"model": 2}
+VERSIONS: Mapping[str, int] = dict.fromkeys(KINDS, 1) | {"model": 2}
 
 FISHER = frozenset({"row_fisher", "col_fisher", "full_fisher"})
 # What a calibration setting acts on, where that is not everything: settings without effect fork no address.
@@ -58,13 +57,16 @@ class Chain:
     """Of the compressed model, by protocol id."""
     teacher_scores: Mapping[str, Identity]
     """Of the dense teacher, by protocol id."""
+    speed: Identity | None = None
+    """Speed and memory against the teacher; None unless the config asks for them."""
     before: "Chain | None" = None
     """Of the stage whose run the init starts from; None where it starts from the teacher."""
 
     def identities(self) -> list[Identity]:
         """All of them, in the order in which they are built."""
         shared = [self.corpus, self.tokenizer, self.tokens, self.teacher, *self.teacher_scores.values()]
-        return [*shared, *self.runs(), self.model, *self.scores.values()]
+        last = [self.speed] if self.speed else []
+        return [*shared, *self.runs(), self.model, *self.scores.values(), *last]
 
     def runs(self) -> list[Identity]:
         """The init and the run, behind those of the stages before."""
@@ -149,6 +151,7 @@ def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> C
         model,
         scores={p.id: scores_identity(p, model, tokens) for p in protocols(config)},
         teacher_scores={p.id: scores_identity(p, teacher, tokens) for p in protocols(config)},
+        speed=speed_identity(config, model, teacher) if config.speed.enabled else None,
         before=before,
     )
 
@@ -174,6 +177,16 @@ def scores_identity(protocol: Protocol, model: Identity, tokens: Identity) -> Id
         inputs["tokenizer"] = tokens.inputs["tokenizer"]
     name = f"{model.name}-{protocol.id.replace('/', '.').replace('@', '.')}"
     return Identity("scores", name, settings, inputs, VERSIONS["scores"])
+
+
+def speed_identity(config: RunConfig, model: Identity, teacher: Identity) -> Identity:
+    """The identity of a measurement of speed: what is measured, not on which machine; that is in its record.
+
+    Raises ConfigError if the prompt, or what is decoded, is longer than the model's context.
+    """
+    settings = identity_fields(config.speed) | {"prompt": config.speed.prompt_at(_context(config))}
+    name = f"{model.name}-{config.speed.device}"
+    return Identity("speed", name, settings, {"model": model, "teacher": teacher}, VERSIONS["speed"])
 
 
 def _context(config: RunConfig) -> int:

@@ -7,7 +7,7 @@ build each kind. A stage that is done loads nothing: no Ray, no torch.
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.chain import earlier, protocols
+from pipeline.chain import earlier, protocols, speed_identity
 from pipeline.config.schema import HubTeacher
 from pipeline.evaluate.protocols import Protocol
 from pipeline.store.artifacts import Artifact
@@ -183,3 +183,23 @@ def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:
 
         result[protocol.id] = work.once(identities[protocol.id], build)
     return result
+
+
+def speed(work: Work) -> Artifact:
+    """Speed and memory of the compressed model against its teacher, measured here and now."""
+    identity = speed_identity(work.config, work.chain.model, work.chain.teacher)
+
+    def build() -> Artifact:
+        from pipeline.evaluate.speed import speed_artifact
+
+        return speed_artifact(
+            identity,
+            work.config.speed,
+            model=model(work),
+            teacher=teacher(work),
+            store=work.store,
+            force=work.forces("speed"),
+            quiet=work.quiet,
+        )
+
+    return work.once(identity, build)

@@ -67,7 +67,10 @@ def write_folders(
         "stock": lambda path: _reopen(path, "AutoModelForCausalLM"),
         "factored": lambda path: _reopen(path, "KronyForCausalLM"),
     }
-    differences = {form: _difference(model, openers[form](path), where) for form, path in paths.items()}
+    differences = {
+        form: check_logits(model, openers[form](path), where=where, so="the export is not published")
+        for form, path in paths.items()
+    }
     sizes = {form: (path / "model.safetensors").stat().st_size for form, path in paths.items()}
     write_cards(folder, card)
     return Written(differences, sizes)
@@ -109,8 +112,11 @@ def _probe(model: GPT2) -> torch.Tensor:
     return torch.randint(arch.vocab_size, (2, min(arch.n_ctx, 128)), generator=generator)
 
 
-def _difference(model: GPT2, reopened: torch.nn.Module, where: str) -> float:
-    """Largest absolute difference of the logits; raises CompressError if it is more than rounding."""
+def check_logits(model: GPT2, reopened: torch.nn.Module, *, where: str, so: str) -> float:
+    """Largest absolute difference of the logits; raises CompressError if it is more than rounding.
+
+    `where` says which model, `so` what follows.
+    """
     idx = _probe(model)
     with torch.no_grad():
         expected = model(idx)
@@ -121,6 +127,6 @@ def _difference(model: GPT2, reopened: torch.nn.Module, where: str) -> float:
     if not difference <= limit:
         raise CompressError(
             f"{where}: the reopened {type(reopened).__name__} differs by {difference:.2g} in a logit, "
-            f"at most {limit:.2g} is rounding; the export is not published"
+            f"at most {limit:.2g} is rounding; {so}"
         )
     return difference

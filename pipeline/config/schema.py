@@ -15,6 +15,7 @@ from model.compress.kron_recipe import KronVL
 from model.compress.recipe import MethodRecipe
 from model.marks import NOT_IDENTITY, UNLESS_DEFAULT
 from pipeline.config.sources import BpeTokenizer, Corpus, DataConfig, PydocsCorpus, Tokenizer
+from pipeline.config.speed import SpeedConfig
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 
@@ -255,6 +256,9 @@ class RunConfig:
 
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Measurements."""
+
+    speed: SpeedConfig = field(default_factory=SpeedConfig, metadata=NOT_IDENTITY)
+    """Measurements of speed and memory; they decide their own address alone."""
 
     ray: RayConfig = field(default_factory=RayConfig, metadata=NOT_IDENTITY)
     """Workers."""

@@ -31,6 +31,7 @@ BUILT_BY = {
     "run": "train",
     "model": "export",
     "scores": "eval",
+    "speed": "speed",
     "sweep": "sweep",
 }
 

@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args
 
 from pipeline.errors import StoreError
 
-Kind = Literal["corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores", "sweep"]
+Kind = Literal[
+    "corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores", "speed", "sweep"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 SCHEMA = 1
 

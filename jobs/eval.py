@@ -5,21 +5,32 @@ import json
 from collections.abc import Sequence
 
 from jobs import cli
-from pipeline.config.arguments import parse
+from pipeline.config.arguments import Arguments, parse_words
+from pipeline.config.load import load_study
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show every protocol and what it means")
+    parser.add_argument(
+        "--protocol",
+        action="append",
+        metavar="ID",
+        help="measure this one, and not what the config names; may be given several times",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score every variant of a config, and its teacher; what it needs and is not there is built first."""
-    arguments = parse("eval", argv, about=__doc__, extend=_options)
+    options, words = parse_words("eval", argv, about=__doc__, extend=_options)
+    if options.protocol:
+        words += ["--eval.protocols", json.dumps(options.protocol)]
+    arguments = Arguments(load_study(options.config, overrides=words), options, tuple(words))
     if arguments.options.list:
-        from pipeline.evaluate.protocols import PROTOCOLS
+        from pipeline.evaluate.protocols import HARNESS, PROTOCOLS
 
         for protocol in PROTOCOLS.values():
             print(f"{protocol.id:<28}{protocol.description}")
+        print(f"{HARNESS + '<task>':<28}Any other task of lm-evaluation-harness, or of a file in eval.tasks.")
         return 0
     from pipeline import stages
     from pipeline.cluster import session

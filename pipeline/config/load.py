@@ -31,6 +31,7 @@ _PATH_FIELDS = (
     ("corpus", "validation_paths"),
     ("tokenizer", "path"),
     ("eval", "texts"),
+    ("eval", "tasks"),
 )
 _NAME_OR_PATH_FIELDS = (("corpus", "repo"), ("teacher", "id"))
 """A hub id, unless it is written as a path: `./…`, `../…`, `/…`, `~…`, or with a `$VARIABLE`."""

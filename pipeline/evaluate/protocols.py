@@ -5,8 +5,9 @@ numbers may share a column only if they share the id. A changed meaning is a new
 context is shorter than the window cannot follow the protocol as written: `at_context` gives the variant it
 can follow, under an id of its own (`krony/wt103@ctx256`); `at_tokens` the variant that reads only the first
 tokens of a text (`corpus/val@first131072`); `at_precision` the variant that the model computes in bf16
-(`corpus/val@bf16`). The `gate` is what published dense GPT-2 must score before anything is compared. Loads no
-torch.
+(`corpus/val@bf16`). `lm_eval/<task>` is any task of lm-evaluation-harness; those listed here are bound to
+texts of ours. The `gate` is what published dense GPT-2 must score before anything is compared.
+Loads no torch.
 """
 
 import difflib
@@ -18,12 +19,15 @@ from typing import Literal
 from pipeline.errors import ConfigError
 
 Metric = Literal["perplexity", "accuracy"]
-Targets = Literal["inside", "shifted", "last-word"]
-Weighting = Literal["windows", "tokens", "passages"]
+Targets = Literal["inside", "shifted", "last-word", "harness"]
+Weighting = Literal["windows", "tokens", "words", "passages"]
 Precision = Literal["fp32", "bf16"]
 
 VALIDATION = "corpus-validation"
 """The text name that stands for the validation shards of a tokens artifact."""
+
+HARNESS = "lm_eval/"
+"""How the ids begin under which lm-evaluation-harness asks and counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +51,7 @@ class Protocol:
     """Name in tables and records."""
 
     text: str
-    """Name of the evaluation text (`texts.TEXTS`), or `VALIDATION`."""
+    """Name of the evaluation text (`texts.TEXTS`), `VALIDATION`, or nothing: a task brings its own."""
 
     about: str
     """One sentence for the page, with `{window}` and `{stride}` where they are said."""
@@ -65,10 +69,12 @@ class Protocol:
     """Tokens between the starts of two windows; what overlaps is read again and not scored again."""
 
     targets: Targets = "inside"
-    """`inside`: the first token of a window has no prediction. `shifted`: targets cross the window edge."""
+    """`inside`: the first token of a window has no prediction. `shifted`: targets cross the window edge.
+    `harness`: as the task of lm-evaluation-harness says."""
 
     weighting: Weighting = "tokens"
-    """`windows`: mean of the window means, a short last one counting fully. `tokens`: every token alike."""
+    """`windows`: mean of the window means, a short last one counting fully. `tokens`: every token alike.
+    `words`: losses of tokens, divided by the words of the text."""
 
     gpt2_tokens: int | None = None
     """Tokens of the whole text, rows joined, under GPT-2's BPE; another count is another text."""
@@ -81,6 +87,13 @@ class Protocol:
 
     gate: Gate | None = None
     """Published value of dense GPT-2, where one exists."""
+
+    @property
+    def task(self) -> str:
+        """The name of the task in lm-evaluation-harness; empty for a protocol that is measured without it."""
+        if self.targets != "harness":
+            return ""
+        return str(_MARKS.fullmatch(self.id)["base"]).removeprefix(HARNESS)  # type: ignore[index]
 
     @property
     def description(self) -> str:
@@ -104,9 +117,9 @@ class Protocol:
     def at_tokens(self, limit: int) -> "Protocol":
         """The protocol on the first `limit` tokens of its text, for a quick look; 0 is all of them.
 
-        What scores passages keeps all its passages: there the whole text is the benchmark.
+        What scores passages, and a task of the harness, keeps all of them: there the text is the benchmark.
         """
-        if limit == 0 or self.targets == "last-word":
+        if limit == 0 or self.targets in ("last-word", "harness"):
             return self
         return replace(self, id=_variant(self.id, first=limit), limit=limit, gate=None)
 
@@ -163,6 +176,19 @@ def _last_word(name: str, *, text: str, title: str, gate: Gate | None) -> Protoc
     )
 
 
+def _harness(task: str, about: str, *, text: str = "", gate: Gate | None = None) -> Protocol:
+    return Protocol(
+        id=f"{HARNESS}{task}",
+        text=text,
+        about=about,
+        metric="accuracy",
+        targets="harness",
+        weighting="passages",
+        gate=gate,
+    )
+
+
+_LAMBADA = Gate(value=0.3256, tolerance=0.0065, source="lm-evaluation-harness issue 2159")
 _ALL: tuple[Protocol, ...] = (
     *_krony("wt103", text="wikitext-103-v1", title="WikiText-103 (with <unk>)", tokens=286_657, gate=29.16),
     *_krony("wt2", text="wikitext-2-v1", title="WikiText-2 (with <unk>)", tokens=297_300, gate=24.67),
@@ -193,9 +219,30 @@ _ALL: tuple[Protocol, ...] = (
         "openai",
         text="lambada-openai",
         title="LAMBADA, OpenAI's text",
-        gate=Gate(value=0.3256, tolerance=0.0065, source="lm-evaluation-harness issue 2159"),
+        gate=_LAMBADA,
     ),
     _last_word("standard", text="lambada", title="LAMBADA, standard text", gate=None),
+    _harness(
+        "lambada_openai",
+        "LAMBADA, OpenAI's text, asked and counted by lm-evaluation-harness: accuracy and perplexity.",
+        text="lambada-openai",
+        gate=_LAMBADA,
+    ),
+    _harness(
+        "lambada_standard",
+        "LAMBADA, standard text, asked and counted by lm-evaluation-harness: accuracy and perplexity.",
+        text="lambada",
+    ),
+    replace(
+        _harness(
+            "wikitext",
+            "Test split of raw WikiText-2 by lm-evaluation-harness: 62 pages, detokenised, in windows of "
+            "{window} tokens that score each once; perplexity per word of the text before that.",
+            text="wikitext-2-raw-v1",
+        ),
+        metric="perplexity",
+        weighting="words",
+    ),
 )
 
 PROTOCOLS: Mapping[str, Protocol] = {protocol.id: protocol for protocol in _ALL}
@@ -204,19 +251,29 @@ PROTOCOLS: Mapping[str, Protocol] = {protocol.id: protocol for protocol in _ALL}
 _MARKS = re.compile(r"(?P<base>.+?)(?:@(?P<ctx>ctx\d+))?(?:@(?P<first>first\d+))?(?:@(?P<half>bf16))?")
 
 
+_TASK = re.compile(re.escape(HARNESS) + r"[A-Za-z0-9][\w.-]*")
+
+
 def get_protocol(protocol_id: str) -> Protocol:
-    """The protocol of an id, `@ctx`, `@first` and `@bf16` included; else ConfigError with the nearest."""
+    """The protocol of an id with all its marks (`@ctx…`, `@first…`, `@bf16`); raises ConfigError for others.
+
+    Whether the harness has a task is not known here: that is found out where it is asked.
+    """
     match = _MARKS.fullmatch(protocol_id)
-    if match and match["base"] in PROTOCOLS:
-        base = PROTOCOLS[match["base"]]
+    if match and (match["base"] in PROTOCOLS or _TASK.fullmatch(match["base"])):
+        base = PROTOCOLS.get(match["base"]) or _other_task(match["base"])
         n_ctx = int((match["ctx"] or f"ctx{base.window}").removeprefix("ctx"))
         limit = int((match["first"] or "first0").removeprefix("first"))
-        precision: Precision = "bf16" if match["half"] else "fp32"
         if match["ctx"] and not 1 < n_ctx < base.window:
             raise ConfigError(
                 f"protocol {protocol_id!r}: the context must lie between 2 and {base.window - 1:,} tokens"
             )
-        return base.at_context(n_ctx).at_tokens(limit).at_precision(precision)
+        return base.at_context(n_ctx).at_tokens(limit).at_precision("bf16" if match["half"] else "fp32")
     near = difflib.get_close_matches(protocol_id, PROTOCOLS, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"unknown protocol {protocol_id!r}{hint} Known: {', '.join(PROTOCOLS)}")
+
+
+def _other_task(protocol_id: str) -> Protocol:
+    task = protocol_id.removeprefix(HARNESS)
+    return _harness(task, f"Task {task} of lm-evaluation-harness, on the documents that the task names.")

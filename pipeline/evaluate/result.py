@@ -5,9 +5,9 @@ into its `losses.parquet`, so that differences can be tested later without the m
 """
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +32,10 @@ class UnitLosses:
     """(U,) position of the unit in the text."""
 
     tokens: NDArray[np.int64]
-    """(U,) scored tokens."""
+    """(U,) scored tokens; words, where the protocol weighs by them."""
 
     nll: NDArray[np.float64]
-    """(U,) summed negative log-likelihood in nats."""
+    """(U,) summed negative log-likelihood in nats; NaN where an answer is written, not scored."""
 
     correct: NDArray[np.bool_] | None = None
     """(U,) whether the greedy continuation was right; only where the protocol asks."""
@@ -73,11 +73,11 @@ class Scores:
     value: float
     """Perplexity or accuracy, as `protocol.metric` says."""
 
-    loss: float
-    """Nats per token, weighted as the protocol weighs."""
+    loss: float | None
+    """Nats per token (or word, or last word), as the protocol weighs; None for a choice of answers."""
 
-    token_loss: float
-    """Nats per token, every scored token alike."""
+    token_loss: float | None
+    """Nats per token, every scored token alike; None for a choice of answers."""
 
     tokens: int
     """Tokens of the text."""
@@ -101,6 +101,9 @@ class Scores:
 
     stderr: float | None = None
     """Standard error of an accuracy."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the record says about how it was measured."""
 
     def metrics(self) -> dict[str, str | int | float]:
         """What the record says; absent numbers are left out."""

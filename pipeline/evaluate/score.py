@@ -22,6 +22,7 @@ from pipeline.evaluate.perplexity import evaluate_perplexity
 from pipeline.evaluate.protocols import VALIDATION, Protocol
 from pipeline.evaluate.result import LOSSES, Scores
 from pipeline.evaluate.sequences import TokenSequence, document_ends, encode_text, token_bytes
+from pipeline.evaluate.tasks import HarnessTask, harness_version
 from pipeline.evaluate.texts import Text, read_text
 from pipeline.store.artifacts import Artifact, Identity, Store
 
@@ -40,11 +41,7 @@ def score_artifact(
 ) -> Artifact:
     """Measure `model` (a model, run, init or teacher) under `protocol` and publish it as `identity`."""
     encoding = load_tokenizer(tokenizer.folder())
-    source = (
-        validation_sequence(tokens, encoding)
-        if protocol.text == VALIDATION
-        else read_text(protocol.text, config.texts)
-    )
+    source = source_of(protocol, config, tokens=tokens, encoding=encoding)
     network = load_model(model)
     device = choose_device(config.device)
     scores = evaluate(network, encoding, protocol, source, batch=config.batch, device=device, quiet=quiet)
@@ -58,15 +55,29 @@ def score_artifact(
                 "tokenizer": encoding.name,
                 "description": scores.protocol.description,
                 "gate": asdict(scores.protocol.gate) if scores.protocol.gate else {},
+                **scores.settings,
             },
         )
+
+
+def source_of(
+    protocol: Protocol, config: EvalConfig, *, tokens: Artifact, encoding: tiktoken.Encoding
+) -> Text | TokenSequence | HarnessTask:
+    """What a protocol scores; raises PreflightError for one of the harness where that is not installed."""
+    if protocol.text == VALIDATION:
+        return validation_sequence(tokens, encoding)
+    if not protocol.task:
+        return read_text(protocol.text, config.texts)
+    harness_version()
+    text = read_text(protocol.text, config.texts) if protocol.text else None
+    return HarnessTask(protocol.task, text, config.tasks)
 
 
 def evaluate(
     model: GPT2,
     encoding: tiktoken.Encoding,
     protocol: Protocol,
-    source: Text | TokenSequence,
+    source: Text | TokenSequence | HarnessTask,
     *,
     batch: int = 8,
     device: torch.device | str = "cpu",
@@ -83,6 +94,10 @@ def evaluate(
     followed = protocol.at_context(arch.n_ctx)
     kind = torch.device(device).type
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=followed.precision == "bf16"):
+        if isinstance(source, HarnessTask):
+            from pipeline.evaluate.harness import evaluate_task  # an extra, and seconds of imports
+
+            return evaluate_task(network, followed, source, encoding, batch=batch, quiet=quiet)
         if followed.targets == "last-word":
             if not isinstance(source, Text):
                 raise EvaluateError(f"{protocol.id} scores passages of a text, not {source.name!r}")

@@ -148,7 +148,7 @@ def read_hub_rows(address: str) -> list[str]:
     """The `text` column of a hub file (`hf://…`) or of a local .parquet or .jsonl file."""
     import datasets  # heavy, and only the hub path needs it
 
-    datasets.disable_progress_bars()
+    hub_without_bars()
     loader = "parquet" if address.endswith(".parquet") else "json"
     try:
         table = datasets.load_dataset(loader, data_files={"test": address}, split="test")
@@ -158,6 +158,13 @@ def read_hub_rows(address: str) -> list[str]:
             "with no network, name a folder that holds the text in eval.texts"
         ) from err
     return [_wikitext_row(row) for row in table["text"]]
+
+
+def hub_without_bars() -> None:
+    """Keep `datasets` from drawing bars of its own between our progress lines."""
+    import datasets
+
+    datasets.disable_progress_bars()
 
 
 def _read_local(name: str, source: TextSource, folder: Path) -> tuple[str, list[str]]:

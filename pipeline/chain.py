@@ -22,7 +22,7 @@ from pipeline.config.sources import BpeTokenizer, Corpus
 from pipeline.data.corpora import source_of
 from pipeline.errors import ConfigError
 from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
-from pipeline.evaluate.texts import TEXTS
+from pipeline.evaluate.tasks import text_identity
 from pipeline.store.artifacts import Identity
 from pipeline.store.location import Location, sha256_file
 from pipeline.store.records import KINDS
@@ -149,8 +149,8 @@ def _chain(config: RunConfig, corpus: Identity, published: Identity | None) -> C
         init,
         run,
         model,
-        scores={p.id: scores_identity(p, model, tokens) for p in protocols(config)},
-        teacher_scores={p.id: scores_identity(p, teacher, tokens) for p in protocols(config)},
+        scores=_scores(config, model, tokens),
+        teacher_scores=_scores(config, teacher, tokens),
         speed=speed_identity(config, model, teacher) if config.speed.enabled else None,
         before=before,
     )
@@ -166,17 +166,23 @@ def protocols(config: RunConfig) -> list[Protocol]:
     ]
 
 
-def scores_identity(protocol: Protocol, model: Identity, tokens: Identity) -> Identity:
-    """The identity of one protocol's scores of one model or teacher."""
+def scores_identity(protocol: Protocol, model: Identity, tokens: Identity, *, tasks: str = "") -> Identity:
+    """The identity of one protocol's scores of one model or teacher; `tasks` is `eval.tasks`."""
     settings = {"protocol": protocol.id, "version": protocol.version}
     inputs = {"model": model}
     if protocol.text == VALIDATION:
         inputs["tokens"] = tokens
     else:
-        settings["text"] = TEXTS[protocol.text].sha256
+        settings["text"] = text_identity(protocol, tasks)
         inputs["tokenizer"] = tokens.inputs["tokenizer"]
     name = f"{model.name}-{protocol.id.replace('/', '.').replace('@', '.')}"
     return Identity("scores", name, settings, inputs, VERSIONS["scores"])
+
+
+def _scores(config: RunConfig, model: Identity, tokens: Identity) -> Mapping[str, Identity]:
+    """Of one model or teacher, by protocol id."""
+    wanted = protocols(config)
+    return {each.id: scores_identity(each, model, tokens, tasks=config.eval.tasks) for each in wanted}
 
 
 def speed_identity(config: RunConfig, model: Identity, teacher: Identity) -> Identity:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.chain import earlier, protocols, speed_identity
 from pipeline.config.schema import HubTeacher
 from pipeline.evaluate.protocols import Protocol
+from pipeline.evaluate.tasks import harness_version
 from pipeline.store.artifacts import Artifact
 from pipeline.work import Work
 
@@ -164,7 +165,10 @@ def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:
     """The scores of the compressed model, or of its teacher, by protocol id."""
     identities = work.chain.teacher_scores if of_teacher else work.chain.scores
     result = {}
-    for protocol in protocols(work.config):
+    wanted = protocols(work.config)
+    if any(protocol.task and work.done(identities[protocol.id]) is None for protocol in wanted):
+        harness_version()  # said before a teacher is trained, not after
+    for protocol in wanted:
 
         def build(protocol: Protocol = protocol) -> Artifact:
             from pipeline.evaluate.score import score_artifact

@@ -158,6 +158,9 @@ class EvalConfig:
     texts: str = ""
     """Folder with local evaluation texts; empty lets `datasets` fetch pinned revisions."""
 
+    tasks: str = ""
+    """Folder with task files of lm-evaluation-harness, for `lm_eval/<task>`; empty: its own tasks alone."""
+
     max_tokens: int = 0
     """Read only the first tokens of each text, and say so in the protocol's id (`@first…`); 0 reads all."""
 

@@ -1,9 +1,11 @@
 """Tasks of lm-evaluation-harness before it is there: ids, texts, addresses, and what is said without it."""
 
+import json
 from importlib import metadata
 
 import pytest
 
+from jobs import eval as verb
 from pipeline.errors import ConfigError, EvaluateError, PreflightError
 from pipeline.evaluate import tasks
 from pipeline.evaluate.protocols import PROTOCOLS, get_protocol
@@ -85,3 +87,14 @@ def test_without_the_harness_there_is_one_clear_line(monkeypatch):
     assert caught.value.exit_code == 3
     with pytest.raises(PreflightError):
         text_identity(get_protocol("lm_eval/arc_easy"), "")
+
+
+def test_protocols_of_the_command_line_stand_for_those_of_the_config(tmp_path, capsys):
+    words = ["--method", "dense", "--protocol", "lm_eval/wikitext", "--protocol", "corpus/val"]
+    assert verb.main(["--plan", "--json", "--store", str(tmp_path), *words]) == 0
+    planned = [row["address"] for row in json.loads(capsys.readouterr().out)["artifacts"]]
+    scores = [address for address in planned if address.startswith("scores/")]
+    assert len(scores) == 4  # of the teacher and of the model
+    assert sum("lm_eval.wikitext" in address for address in scores) == 2
+    assert verb.main(["--list"]) == 0
+    assert "lm_eval/lambada_openai" in capsys.readouterr().out

@@ -192,3 +192,20 @@ def test_bf16_is_another_protocol_with_nearly_the_same_number(model, encoding):
     assert half.loss != full.loss
     assert half.loss == pytest.approx(full.loss, rel=2e-3)
     assert half.scored == full.scored
+
+
+def test_the_harness_is_in_the_record_and_its_number_is_ours(store, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    rows = tuple(f"{row} bell" for row in ROWS)
+    (tmp_path / "lambada_test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    source = replace(texts.TEXTS["lambada-openai"], sha256=Text("t", rows, "").sha256)
+    monkeypatch.setattr(texts, "TEXTS", {"lambada-openai": source})
+    theirs = published(store, get_protocol("lm_eval/lambada_openai"), texts=str(tmp_path)).record
+    ours = published(store, LAST_WORD, texts=str(tmp_path)).record
+    assert theirs.metrics["protocol"] == "lm_eval/lambada_openai@ctx32"
+    same = {key for key in ours.metrics if key != "protocol"}
+    assert {key: theirs.metrics[key] for key in same} == {key: ours.metrics[key] for key in same}
+    assert theirs.files["losses.parquet"].sha256 == ours.files["losses.parquet"].sha256
+    assert theirs.settings["lm_eval"].startswith("0.4")
+    assert theirs.settings["results"]["perplexity"] == theirs.metrics["perplexity"]
+    assert (theirs.settings["task_version"], theirs.settings["num_fewshot"]) == (1.0, 0)

@@ -27,8 +27,9 @@ from model.algebra.activation import activation_kron
 from model.algebra.alternate import DEFAULT_SOLVER, Convergence, Pair, Solver, Stopped, WeightedFit
 from model.algebra.kron import check_weight
 from model.algebra.nystrom import greedy_keep, refit
-from model.algebra.permute import align_levels, minimal_order, norm_split
+from model.algebra.permute import norm_split
 from model.algebra.psd import metric_loss, psd_roots
+from model.algebra.regroup import align_levels, minimal_order
 from model.algebra.shapes import Gauge, KronShape, check_terms
 from model.config import ModelError
 

@@ -6,29 +6,35 @@ exact minimum of its block (Van Loan, linear assignment), so the error never ris
 often stops at once; the start decides, and splitting units by norm is the best one known (as TQCompressor's
 idea, arXiv 2401.16367). So several starts race, and one that falls hopelessly behind is given up.
 
-What a sum of products costs against every unit is computed through its factors, and the assignment of all
-units at once, the dearest step, is kept for when the cheaper ones have stalled.
+A sweep moves units, and entries of the residual side, within their levels (`regroup`); the assignment of all
+of them at once for fixed factors, the dearest step, is kept for when that has stalled. The search runs in the
+precision of the weights, the factors are fitted in double.
 """
 
 # up (m, n) ~ K_u at [inputs][:, hidden], down (n, m) ~ K_d at [hidden_down][:, outputs]; K_d has the
 # transposed shape · inside, both are held with a row per hidden unit, (n, m)
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from model.algebra.alternate import Convergence, Stopped
-from model.algebra.kron import KronFit, check_weight, kron_apply, kron_sum, nearest_kron, shape_of
+from model.algebra.kron import KronFit, check_weight, nearest_kron
+from model.algebra.regroup import Grid, minimal_order, regroup_hidden
 from model.algebra.shapes import Gauge, KronShape, check_terms
 from model.config import ModelError
 
 STALLED = 10.0
 """A cheap sweep that gains less than this many times `rtol` calls for the assignment of all units."""
+
+HALVING = 0.5
+"""What share of its first gain a start is trusted to gain in its second sweep."""
+
+STORED = "identity"
+"""The start that leaves everything where it is."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,6 @@ class PermutedPair:
         return self.orders.put_back(self.up.dense(), self.down.dense())
 
 
-def minimal_order(cost: Tensor) -> Tensor:
-    """The order p (k,) with the least sum_i cost[i, p[i]], for a cost (k, k)."""
-    columns = linear_sum_assignment(cost.detach().cpu().numpy())[1]
-    return torch.from_numpy(np.asarray(columns, dtype=np.int64)).to(cost.device)
-
-
 def norm_split(norms: Tensor, *, outer: int, inner: int) -> Tensor:
     """Order in which places that share the inner index hold similar norms, (outer*inner,).
 
@@ -95,35 +95,6 @@ def norm_split(norms: Tensor, *, outer: int, inner: int) -> Tensor:
     """
     ranked = torch.argsort(norms, descending=True, stable=True)
     return ranked.reshape(inner, outer).T.reshape(-1)
-
-
-def align_levels(hidden: Tensor, sides: Sequence[tuple[Tensor, Tensor]], *, groups: int) -> Tensor:
-    """Regroup hidden units, level by level, with the second factors fixed and the first ones free to follow.
-
-    A place is (group, level). `sides` are the matrices with units as rows, (n, m1*m2), and their second
-    factors (r, m2, n2), orthonormal. With A free the energy that a fit holds is sum_g ||sum_c z_c(unit at (g,
-    c))||^2, z_c a linear image of the unit, so the units of one level are an exact assignment. Fixing A
-    instead ties every unit to the group that it helped to shape.
-    """
-    places = hidden.reshape(groups, -1).clone()  # (groups, n2)
-    levels = places.shape[1]
-    laid = [units[places].reshape(groups, levels, -1, right.shape[1]) for units, right in sides]
-    images = [  # z_c of the unit at (g, c), (n2, groups, m1, r) per side
-        torch.einsum("kac,gcia->cgik", right, rows) for rows, (_, right) in zip(laid, sides, strict=True)
-    ]
-    sums = [image.sum(dim=0) for image in images]
-    for level in range(levels if levels > 2 else 1):  # of two levels, one is enough: only pairs matter
-        rests = [total - image[level] for total, image in zip(sums, images, strict=True)]
-        likeness = torch.zeros(groups, groups, dtype=torch.float64, device=hidden.device)
-        for rest, image, rows, (_, right) in zip(rests, images, laid, sides, strict=True):
-            if len(right) <= right.shape[1]:
-                likeness += rest.flatten(1) @ image[level].flatten(1).T
-            else:  # fewer entries in a unit than in its image
-                likeness += (rest @ right[:, :, level]).flatten(1) @ rows[:, level].flatten(1).T
-        order = minimal_order(-likeness)
-        places[:, level] = places[order, level]
-        sums = [rest + image[level][order] for rest, image in zip(rests, images, strict=True)]
-    return places.reshape(-1)
 
 
 def permuted_kron_pair(
@@ -153,8 +124,7 @@ def permuted_kron_pair(
     check_terms(shape, terms)
     if min(random_starts, max_sweeps) < 0:
         raise ModelError(f"random_starts={random_starts} and max_sweeps={max_sweeps} must not be negative")
-    by_unit = up.detach().double().T.contiguous()  # a row per hidden unit, where it is read from most
-    pair = _Pair(by_unit.T, down.detach().double(), shape, terms, gauge, hidden == "shared", outer)
+    pair = _Pair.of(up, down, shape, terms, is_shared=hidden == "shared", is_outer=outer)
     searches = [_Search(pair, name, orders) for name, orders in pair.starts(random_starts, seed).items()]
     running = searches
     for _ in range(max_sweeps):
@@ -163,14 +133,18 @@ def permuted_kron_pair(
         best = min(searches, key=lambda search: search.loss)
         running = [search for search in running if not search.stopped and search.may_catch(best)]
     best = min(searches, key=lambda search: search.loss)
-    how = Convergence(
-        best.name,
-        tuple(best.history),
-        best.stopped or "max_iter",
-        tuple((search.name, search.loss) for search in searches),
+    stored = next(search for search in searches if search.name == STORED)
+    found = pair.fit(best.orders, gauge=gauge)
+    name, history, stopped = best.name, best.history[:-1], best.stopped or "max_iter"
+    if best is not stored and best.loss > stored.history[0] - 2 * pair.resolution:  # decided by rounding
+        plain = pair.fit(pair.stored, gauge=gauge)
+        if plain.loss < found.loss:
+            found, name, history, stopped = plain, STORED, [], "no_descent"
+    by_start = tuple(
+        (search.name, found.loss if search.name == name else max(search.loss, found.loss))
+        for search in searches
     )
-    turned = replace(best.fits.up, left=best.fits.up.left.mT, right=best.fits.up.right.mT)
-    return PermutedPair(turned, best.fits.down, best.orders, best.loss, how)
+    return replace(found, convergence=Convergence(name, (*history, found.loss), stopped, by_start))
 
 
 @dataclass(frozen=True)
@@ -178,14 +152,26 @@ class _Pair:
     """The problem: two matrices, one shape, and which orders matter."""
 
     up: Tensor
-    """(m, n)"""
+    """A row per hidden unit, (n, m)."""
     down: Tensor
     """(n, m)"""
     shape: KronShape
     terms: int
-    gauge: Gauge
     is_shared: bool
     is_outer: bool
+    resolution: float
+    """What an error can change by rounding alone."""
+
+    @classmethod
+    def of(
+        cls, up: Tensor, down: Tensor, shape: KronShape, terms: int, *, is_shared: bool, is_outer: bool
+    ) -> "_Pair":
+        """The problem for `up` (m, n) and `down` (n, m), in single precision if they are no finer."""
+        dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
+        units = up.detach().T.to(dtype).contiguous(), down.detach().to(dtype).contiguous()
+        energy = sum(float(each.square().sum(dtype=torch.float64)) for each in units)
+        resolution = 16 * torch.finfo(dtype).eps * energy
+        return cls(*units, shape, terms, is_shared, is_outer, resolution)
 
     @property
     def outer_matters(self) -> bool:
@@ -197,96 +183,92 @@ class _Pair:
         """Whether the hidden order changes the fit."""
         return self.shape.n1 > 1 and self.shape.n2 > 1
 
+    @property
+    def stored(self) -> Orders:
+        """Everything where it is."""
+        m, n = (torch.arange(size, device=self.up.device) for size in (self.shape.rows, self.shape.cols))
+        return Orders(m, n, n, m)
+
     def starts(self, random_starts: int, seed: int) -> dict[str, Orders]:
         """Norm split, the stored order, random orders; those that cannot matter as stored."""
-        s, rows, cols = self.shape, self.up.square(), self.down.square()
-        stored_m, stored_n = torch.arange(s.rows), torch.arange(s.cols)
-        hidden_norms = rows.sum(dim=0), cols.sum(dim=1)
+        s, up, down = self.shape, self.up.double().square(), self.down.double().square()
+        stored, hidden_norms = self.stored, (up.sum(dim=1), down.sum(dim=1))
         if self.is_shared:
             hidden_norms = (hidden_norms[0] + hidden_norms[1],) * 2
         generator = np.random.default_rng(seed)
 
         def outer(order: Tensor) -> Tensor:
-            return order if self.outer_matters else stored_m
+            return order if self.outer_matters else stored.inputs
 
         def inner(order: Tensor) -> Tensor:
-            return order if self.hidden_matters else stored_n
+            return order if self.hidden_matters else stored.hidden
 
         def split(norms: Tensor, size: int, groups: int) -> Tensor:
             return norm_split(norms, outer=size, inner=groups)
 
         named = {
             "norm_split": Orders(
-                inputs=outer(split(rows.sum(dim=1), s.m1, s.m2)),
+                inputs=outer(split(up.sum(dim=0), s.m1, s.m2)),
                 hidden=inner(split(hidden_norms[0], s.n1, s.n2)),
                 hidden_down=inner(split(hidden_norms[1], s.n1, s.n2)),
-                outputs=outer(split(cols.sum(dim=0), s.m1, s.m2)),
+                outputs=outer(split(down.sum(dim=0), s.m1, s.m2)),
             ),
-            "identity": Orders(stored_m, stored_n, stored_n, stored_m),
+            STORED: stored,
         }
         for k in range(random_starts if self.outer_matters or self.hidden_matters else 0):
             m, n, n2, m2 = (
-                torch.from_numpy(generator.permutation(size)) for size in (s.rows, s.cols, s.cols, s.rows)
+                torch.from_numpy(generator.permutation(size)).to(up.device)
+                for size in (s.rows, s.cols, s.cols, s.rows)
             )
             named[f"random_{k}"] = Orders(outer(m), inner(n), inner(n if self.is_shared else n2), outer(m2))
         return named
 
-    def fit(self, orders: Orders) -> "_Fits":
-        """Van Loan on both matrices in these orders."""
-        up, down = self.up.T[orders.hidden], self.down[orders.hidden_down]
-        if self.outer_matters:
-            up, down = up[:, orders.inputs], down[:, orders.outputs]
+    def grids(self, orders: Orders) -> tuple[Grid, Grid]:
+        """Both matrices laid in these orders, and fitted."""
+        shape = self.shape.transposed()
+        return (
+            Grid(self.up, shape, hidden=orders.hidden, outer=orders.inputs),
+            Grid(self.down, shape, hidden=orders.hidden_down, outer=orders.outputs),
+        )
+
+    def fit(self, orders: Orders, *, gauge: Gauge) -> PermutedPair:
+        """Van Loan in double on both matrices in these orders."""
+        up, down = orders.pick(self.up.T, self.down)
         fits = (
-            nearest_kron(rows, self.shape.transposed(), terms=self.terms, gauge=self.gauge)
-            for rows in (up, down)
+            nearest_kron(up, self.shape, terms=self.terms, gauge=gauge),
+            nearest_kron(down, self.shape.transposed(), terms=self.terms, gauge=gauge),
         )
-        return _Fits(*fits)
+        loss = fits[0].error + fits[1].error
+        return PermutedPair(*fits, orders, loss, Convergence(STORED, (loss,), "max_iter", ()))
 
-    def reorder_outer(self, orders: Orders, fits: "_Fits") -> Orders:
-        """The best orders on the residual side for fixed factors."""
-        if not self.outer_matters:
-            return orders
-        inputs = _best_rows(_products(self.up.T[orders.hidden].T, fits.up.left, fits.up.right))
-        outputs = _best_rows(_products(self.down[orders.hidden_down].T, fits.down.left, fits.down.right))
-        return replace(orders, inputs=inputs, outputs=outputs)
+    def regroup(self, grids: tuple[Grid, Grid]) -> None:
+        """Better orders within the levels of both sides, for fixed second factors, the first ones free."""
+        if self.outer_matters:
+            for grid in grids:
+                grid.regroup_outer()
+                if self.hidden_matters:
+                    grid.fit(self.terms)
+        if self.hidden_matters:
+            for together in [grids] if self.is_shared else [grids[:1], grids[1:]]:
+                regroup_hidden(together)
 
-    def reorder_hidden(self, orders: Orders, fits: "_Fits") -> Orders:
-        """The best hidden orders for fixed factors, over all permutations at once."""
+    def reorder_outer(self, grids: tuple[Grid, Grid]) -> None:
+        """The best orders on the residual side for fixed factors, over all permutations."""
+        for grid in grids if self.outer_matters else ():
+            order = minimal_order(-grid.column_products())
+            grid.lay(grid.hidden, grid.outer[order])
+
+    def reorder_hidden(self, grids: tuple[Grid, Grid]) -> None:
+        """The best hidden orders for fixed factors, over all permutations."""
         if not self.hidden_matters:
-            return orders
-        up = _products(self.up.T[:, orders.inputs], fits.up.left.mT, fits.up.right.mT)
-        down = _products(self.down[:, orders.outputs], fits.down.left.mT, fits.down.right.mT)
+            return
+        products = [grid.row_products() for grid in grids]
         if self.is_shared:
-            hidden = _best_rows(up.add_(down))
-            return replace(orders, hidden=hidden, hidden_down=hidden)
-        return replace(orders, hidden=_best_rows(up), hidden_down=_best_rows(down))
-
-    def regroup(self, orders: Orders, fits: "_Fits") -> Orders:
-        """Better hidden orders within their levels, for fixed second factors, the first ones free."""
-        if not self.hidden_matters:
-            return orders
-        up = self.up.T[:, orders.inputs], _orthonormal(fits.up.right.mT)
-        down = self.down[:, orders.outputs], _orthonormal(fits.down.right.mT)
-        if self.is_shared:
-            hidden = align_levels(orders.hidden, (up, down), groups=self.shape.n1)
-            return replace(orders, hidden=hidden, hidden_down=hidden)
-        return replace(
-            orders,
-            hidden=align_levels(orders.hidden, (up,), groups=self.shape.n1),
-            hidden_down=align_levels(orders.hidden_down, (down,), groups=self.shape.n1),
-        )
-
-
-class _Fits(NamedTuple):
-    """Fits of both matrices in their orders, a row per hidden unit (n, m)."""
-
-    up: KronFit
-    down: KronFit
-
-    @property
-    def loss(self) -> float:
-        """Sum of both squared errors."""
-        return self.up.error + self.down.error
+            products = [products[0].add_(products[1])]
+        orders = [minimal_order(each.neg_()) for each in products]
+        for grid, order in zip(grids, (orders[0], orders[-1]), strict=True):
+            if not torch.equal(order, torch.arange(len(order), device=order.device)):
+                grid.lay(grid.hidden[order], grid.outer)
 
 
 class _Search:
@@ -294,56 +276,47 @@ class _Search:
 
     def __init__(self, pair: _Pair, name: str, orders: Orders) -> None:
         self.pair, self.name, self.orders = pair, name, orders
-        self.fits = pair.fit(orders)
-        self.history, self.gain = [self.loss], 0.0
+        self.grids = pair.grids(orders)
+        self.loss = self._fit()
+        self.history = [self.loss]
         self.stopped: Stopped | None = None
-        self._is_stalled = False
-
-    @property
-    def loss(self) -> float:
-        """Where it stands."""
-        return self.fits.loss
+        self._gain, self._shrink, self._is_stalled = 0.0, HALVING, False
 
     def may_catch(self, best: "_Search") -> bool:
-        """Whether one more sweep as good as its last would bring it to the best one."""
-        return self is best or self.loss - self.gain < best.loss
+        """Whether it would reach the best one if its gains went on to shrink as they did last."""
+        ahead = self._gain * self._shrink / (1 - self._shrink) if self._shrink < 1 else self.loss
+        return self is best or self.loss - ahead < best.loss
 
     def sweep(self, *, rtol: float) -> None:
-        """Residual orders and levels; or, where that has stalled, all hidden units at once.
+        """Both sides within their levels; or, where that has stalled, all rows and columns at once.
 
-        An order that does not lower the error is dropped. The search ends where the assignment of all units
-        lowers it by less than `rtol`.
+        Orders that do not lower the error beyond rounding are dropped. The search ends where the assignment
+        of all lowers it by less than `rtol`.
         """
-        before, pair = self.loss, self.pair
+        before, pair, grids = self.loss, self.pair, self.grids
         if self._is_stalled:
-            new = pair.reorder_hidden(self.orders, self.fits)
+            pair.reorder_outer(grids)
+            self._fit()
+            pair.reorder_hidden(grids)
         else:
-            new = pair.regroup(pair.reorder_outer(self.orders, self.fits), self.fits)
+            pair.regroup(grids)
+        new = Orders(grids[0].outer, grids[0].hidden, grids[1].hidden, grids[1].outer)
         if not new.same_as(self.orders):
-            fits = pair.fit(new)
-            if fits.loss < before:
-                self.orders, self.fits = new, fits
-                self.history.append(fits.loss)
-        self.gain = before - self.loss
-        if self._is_stalled and self.gain < rtol * before:
-            self.stopped = "converged" if self.gain > 0 else "no_descent"
-        self._is_stalled = not self._is_stalled and self.gain < STALLED * rtol * before
+            loss = self._fit()
+            if loss < before - pair.resolution:
+                self.orders, self.loss = new, loss
+                self.history.append(loss)
+            else:
+                self.grids = pair.grids(self.orders)
+                self._fit()
+        gain = before - self.loss
+        if self._gain > 0:
+            self._shrink = gain / self._gain
+        self._gain = gain
+        if self._is_stalled and gain < rtol * before:
+            self.stopped = "converged" if gain > 0 else "no_descent"
+        self._is_stalled = not self._is_stalled and gain < STALLED * rtol * before
 
-
-def _products(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Rows (k, m) times sum_k A_k (x) B_k, through the factors where that is less work: (k, n)."""
-    shape = shape_of(left, right)
-    if len(left) * min(shape.macs()) < shape.rows * shape.cols:
-        return kron_apply(rows, left, right, order=shape.cheaper_order)
-    return rows @ kron_sum(left, right)
-
-
-def _best_rows(products: Tensor) -> Tensor:
-    """The order p (k,) of the largest sum_i products[p[i], i]: which row to put at each place."""
-    return minimal_order(-products).argsort()
-
-
-def _orthonormal(right: Tensor) -> Tensor:
-    """Second factors of a Van Loan fit, which are orthogonal, brought to norm one; zero ones stay."""
-    sizes = right.flatten(1).norm(dim=1)[:, None, None]
-    return right / torch.where(sizes > 0, sizes, 1.0)
+    def _fit(self) -> float:
+        """The second factors anew in the present orders; returns the error."""
+        return sum(grid.fit(self.pair.terms) for grid in self.grids)

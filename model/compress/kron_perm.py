@@ -5,6 +5,8 @@ residual side, and a second hidden order where it is wanted, stay in the model a
 order is always among the starts, so a pair is never worse than `kron_vl`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from model.compress.contract import CompressedModel, ModuleReport, Plan, Stats, 
 from model.compress.kron_plan import DOWN, UP, Gathers, KronChoice, chosen_blocks, plan_kron_mlp
 from model.compress.kron_recipe import KronPerm, TQCompressor
 from model.compress.kronecker import course, kron_layer, set_factors
+from model.compress.side_by_side import side_by_side
 from model.config import ModelSpec
 from model.gpt2 import GPT2
 from model.layers.kronecker import KroneckerLinear
@@ -40,11 +43,10 @@ class KronPermMethod:
     @torch.no_grad()
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
         """Deterministic in the seed, which draws the random starts."""
-        fresh = transplant(model, plan)
-        reports: list[ModuleReport] = []
-        for i in chosen_blocks(model.spec, self.config.layers):
-            reports += fit_permuted_block(model, fresh, i, self.config, outer=self.config.outer, seed=seed)
-        return CompressedModel(model=fresh, plan=plan, report=tuple(reports))
+        fresh, config = transplant(model, plan), self.config
+        fit = partial(fit_permuted_block, model, fresh, config=config, outer=config.outer, seed=seed)
+        pairs = side_by_side([partial(fit, i) for i in chosen_blocks(model.spec, config.layers)])
+        return CompressedModel(model=fresh, plan=plan, report=tuple(row for pair in pairs for row in pair))
 
 
 def gathers_of(hidden: str, *, outer: bool) -> Gathers:
@@ -55,7 +57,7 @@ def gathers_of(hidden: str, *, outer: bool) -> Gathers:
 
 
 def fit_permuted_block(
-    model: GPT2, fresh: GPT2, block: int, config: KronPerm | TQCompressor, *, outer: bool, seed: int
+    model: GPT2, fresh: GPT2, block: int, *, config: KronPerm | TQCompressor, outer: bool, seed: int
 ) -> tuple[ModuleReport, ModuleReport]:
     """Search the orders of one block, fill both its layers, and report on them."""
     names = f"h.{block}.{UP}", f"h.{block}.{DOWN}"

@@ -95,7 +95,7 @@ class KronPerm(KronRecipe):
     """Van Loan in better orders of rows and columns (TQCompressor's idea, with a search of ours)."""
 
     name: Literal["kron_perm"] = "kron_perm"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[tuple[str, ...]] = ()
 
     hidden: Literal["shared", "separate"] = "shared"
@@ -213,7 +213,7 @@ class TQCompressor:
     """
 
     name: Literal["tqcompressor"] = "tqcompressor"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[tuple[str, ...]] = ()
 
     terms: int = 4

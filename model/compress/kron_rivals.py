@@ -5,7 +5,9 @@ embedding, in permuted orders. Both leave every second block dense. Neither is t
 them "-style (ours)".
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,9 +22,13 @@ from model.compress.kron_plan import DOWN, UP, KronChoice, chosen_blocks, with_k
 from model.compress.kron_recipe import KnGPT2, TQCompressor
 from model.compress.kron_table import report_table, set_table, with_kron_table
 from model.compress.kronecker import kron_layer, set_factors
+from model.compress.side_by_side import side_by_side
 from model.config import Dense, Kron, ModelError, ModelSpec, Site
 from model.gpt2 import GPT2
 from model.layers.embedding import KroneckerEmbedding
+
+Task = Callable[[], tuple[ModuleReport, ...]]
+"""A part of the work that touches no other part."""
 
 
 def odd_blocks(spec: ModelSpec, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,15 +123,18 @@ class TQCompressorMethod:
     def compress(self, model: GPT2, plan: Plan, stats: Stats | None = None, *, seed: int) -> CompressedModel:
         """Deterministic in the seed, which draws the random starts."""
         config, fresh, changed = self.config, transplant(model, plan), plan.changed()
-        reports: list[ModuleReport] = []
-        for i in odd_blocks(model.spec, config.layers):
-            if f"h.{i}.{UP}" in changed:
-                reports += fit_permuted_block(model, fresh, i, config, outer=True, seed=seed)
-        if plan.spec.embedding != plan.source.embedding:
-            reports.append(self._narrow(model, fresh, seed=seed))
-        return CompressedModel(model=fresh, plan=plan, report=tuple(reports))
+        fit = partial(fit_permuted_block, model, fresh, config=config, outer=True, seed=seed)
+        tasks: list[Task] = [
+            partial(fit, i) for i in odd_blocks(model.spec, config.layers) if f"h.{i}.{UP}" in changed
+        ]
+        if is_narrower := plan.spec.embedding != plan.source.embedding:
+            tasks.insert(0, partial(self._narrow, model, fresh, seed=seed))  # the longest first
+        found = side_by_side(tasks)
+        if is_narrower:
+            found.append(found.pop(0))
+        return CompressedModel(model=fresh, plan=plan, report=tuple(row for rows in found for row in rows))
 
-    def _narrow(self, model: GPT2, fresh: GPT2, *, seed: int) -> ModuleReport:
+    def _narrow(self, model: GPT2, fresh: GPT2, *, seed: int) -> tuple[ModuleReport]:
         """Fill the table, halved from what stands there now as often as the new structure asks."""
         config, table, matrix = self.config, model.wte.table().detach(), fresh.spec.embedding
         assert isinstance(matrix, Kron)
@@ -150,7 +159,7 @@ class TQCompressorMethod:
         set_table(fresh, found.fit.left, found.fit.right, found.order)
         sweeps = {f"sweeps_{k}": float(how.iterations) for k, how in enumerate(found.searches)}
         starts = {f"start_{k}": how.start for k, how in enumerate(found.searches)}
-        return report_table(fresh, table, predicted_error=found.fit.error, **sweeps, **starts)
+        return (report_table(fresh, table, predicted_error=found.fit.error, **sweeps, **starts),)
 
 
 def _halved(site: Site) -> Kron:

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from model.algebra.kron import nearest_kron
+from model.algebra.kron import nearest_kron, rearrange, unrearrange
 from model.algebra.permute import (
     Orders,
     _Pair,
-    align_levels,
-    minimal_order,
     norm_split,
     permuted_kron_pair,
 )
+from model.algebra.regroup import Grid, align_levels, minimal_order
 from model.algebra.shapes import KronShape
 from model.config import ModelError
 
@@ -148,31 +147,78 @@ def test_a_level_is_regrouped_as_well_as_any_permutation_of_it():
     assert energy(found) >= best * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("terms", [1, 3])
-def test_a_step_is_the_best_of_all_permutations_for_fixed_factors(terms):
-    up, down, other = normal(0, 4, 4), normal(1, 4, 4), (normal(2, 4, 4), normal(3, 4, 4))
-    pair = _Pair(up, down, KronShape(2, 2, 2, 2), terms, "rms", is_shared=True, is_outer=True)
-    stored = Orders(*[torch.arange(4)] * 4)
-    fits = _Pair(*other, pair.shape, terms, "rms", is_shared=True, is_outer=True).fit(stored)
-    fitted_up, fitted_down = fits.up.dense().T, fits.down.dense()
-    everywhere = [torch.tensor(order) for order in itertools.permutations(range(4))]
+def test_the_residual_side_is_regrouped_as_well_as_any_permutation_of_a_depth():
+    weight, basis = normal(0, 5, 8), normal(1, 1, 1, 2)
+    basis, stored = basis / basis.norm(), torch.arange(8)
 
-    def error(orders: Orders) -> float:
-        new_up, new_down = orders.pick(up, down)
-        return float((new_up - fitted_up).square().sum() + (new_down - fitted_down).square().sum())
+    def energy(order: torch.Tensor) -> float:
+        return float((weight[:, order].reshape(5, 4, 2) * basis.reshape(2)).sum(dim=2).square().sum())
 
-    best = min(error(replace(stored, hidden=order, hidden_down=order)) for order in everywhere)
-    found = pair.reorder_hidden(stored, fits)
-    assert torch.equal(found.hidden, found.hidden_down)
-    assert error(found) == pytest.approx(best)
-    assert error(found) < error(stored)
-    best = min(error(replace(stored, inputs=one, outputs=two)) for one in everywhere for two in everywhere)
-    assert error(pair.reorder_outer(stored, fits)) == pytest.approx(best)
-    apart = replace(pair, is_shared=False).reorder_hidden(stored, fits)
-    best = min(
-        error(replace(stored, hidden=one, hidden_down=two)) for one in everywhere for two in everywhere
-    )
-    assert error(apart) == pytest.approx(best)
+    grid = Grid(weight, KronShape(5, 4, 1, 2), hidden=torch.arange(5), outer=stored, basis=basis)
+    grid.regroup_outer()
+    first_depth = [
+        torch.stack([stored.reshape(4, 2)[list(order), 0], stored.reshape(4, 2)[:, 1]], dim=1).reshape(-1)
+        for order in itertools.permutations(range(4))
+    ]
+    best = max(energy(order) for order in first_depth)
+    assert best > energy(stored)
+    assert energy(grid.outer) >= best * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, KronShape(2, 2, 3, 6)], ids=str)
+@pytest.mark.parametrize("terms", [1, 2])
+def test_a_grid_says_what_van_loan_says_in_every_order(shape, terms):
+    terms, tall = min(terms, shape.max_terms), shape.transposed()
+    units = pair_of(0)[1]
+    grid = Grid(units, tall, hidden=torch.arange(12), outer=torch.arange(6))
+    for _ in range(3):
+        fit = nearest_kron(units[grid.hidden][:, grid.outer], tall, terms=terms)
+        assert grid.fit(terms) == pytest.approx(fit.error, abs=1e-12)
+        fitted = fit.dense()
+        assert_close(grid.row_products(), fitted @ units[grid.hidden][:, grid.outer].T)
+        assert_close(grid.column_products(), fitted.T @ units[grid.hidden][:, grid.outer])
+        grid.regroup_outer()
+        grid.lay(grid.hidden[torch.randperm(12, generator=torch.Generator().manual_seed(terms))], grid.outer)
+
+
+def test_a_step_is_the_best_of_all_permutations_for_fixed_factors():
+    stored, everywhere = torch.arange(4), [torch.tensor(order) for order in itertools.permutations(range(4))]
+    moved = 0
+    for seed, terms in itertools.product(range(3), (1, 3)):
+        up, down = normal(seed, 4, 4), normal(seed + 10, 4, 4)
+        pair = _Pair.of(up, down, KronShape(2, 2, 2, 2), terms, is_shared=True, is_outer=True)
+        bases = [torch.linalg.qr(normal(seed + k, 4, terms)).Q.T.reshape(terms, 2, 2) for k in (20, 30)]
+        fitted = [
+            unrearrange(rearrange(each, pair.shape) @ basis.flatten(1).T @ basis.flatten(1), pair.shape)
+            for each, basis in zip((up.T, down), bases, strict=True)
+        ]  # the nearest sums with these second factors
+
+        def after(step, pair: _Pair) -> Orders:
+            grids = tuple(
+                Grid(units, pair.shape, hidden=stored, outer=stored, basis=basis)
+                for units, basis in zip((pair.up, pair.down), bases, strict=True)  # noqa: B023 - used at once
+            )
+            step(pair, grids)
+            return Orders(grids[0].outer, grids[0].hidden, grids[1].hidden, grids[1].outer)
+
+        def error(orders: Orders) -> float:
+            new_up, new_down = orders.pick(up, down)  # noqa: B023 - used at once
+            return float(
+                (new_up - fitted[0].T).square().sum() + (new_down - fitted[1]).square().sum()  # noqa: B023
+            )
+
+        as_stored = Orders(stored, stored, stored, stored)
+        found = after(_Pair.reorder_hidden, pair)
+        assert torch.equal(found.hidden, found.hidden_down)
+        best = min(error(replace(as_stored, hidden=order, hidden_down=order)) for order in everywhere)
+        assert error(found) == pytest.approx(best)
+        moved += error(found) < error(as_stored)
+        pairs = list(itertools.product(everywhere, everywhere))
+        best = min(error(replace(as_stored, inputs=one, outputs=two)) for one, two in pairs)
+        assert error(after(_Pair.reorder_outer, pair)) == pytest.approx(best)
+        best = min(error(replace(as_stored, hidden=one, hidden_down=two)) for one, two in pairs)
+        assert error(after(_Pair.reorder_hidden, replace(pair, is_shared=False))) == pytest.approx(best)
+    assert moved >= 2
 
 
 @pytest.mark.parametrize("shape", [KronShape(6, 3, 1, 4), KronShape(3, 6, 2, 2)], ids=str)
@@ -180,12 +226,30 @@ def test_the_end_is_a_fixed_point_of_every_step(shape):
     for seed in range(6):
         up, down = pair_of(seed)
         found = permuted_kron_pair(up, down, shape, terms=1, max_sweeps=80)
-        pair = _Pair(up, down, shape, 1, "rms", is_shared=True, is_outer=True)
+        pair = _Pair.of(up, down, shape, 1, is_shared=True, is_outer=True)
         assert found.convergence.stopped != "max_iter"
-        fits = pair.fit(found.orders)
-        assert fits.loss == pytest.approx(found.loss)
         for step in (pair.reorder_outer, pair.reorder_hidden, pair.regroup):
-            assert pair.fit(step(found.orders, fits)).loss >= found.loss * (1 - 1e-4)
+            grids = pair.grids(found.orders)
+            assert sum(grid.fit(1) for grid in grids) == pytest.approx(found.loss)
+            step(grids)
+            assert sum(grid.fit(1) for grid in grids) >= found.loss * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_in_single_precision_are_searched_in_it_and_fitted_in_double(shape):
+    for seed in range(4):
+        up, down = (each.float() for each in pair_of(seed))
+        found = permuted_kron_pair(up, down, shape, terms=1, seed=seed)
+        assert found.up.left.dtype == found.down.right.dtype == torch.float64
+        fine = permuted_kron_pair(up.double(), down.double(), shape, terms=1, seed=seed)
+        assert found.loss == pytest.approx(fine.loss, rel=1e-12)  # the same orders, exactly
+        new_up, new_down = found.dense()
+        measured = float((up - new_up).square().sum() + (down - new_down).square().sum())
+        assert found.loss == pytest.approx(measured, rel=1e-8, abs=1e-18)
+        stored = nearest_kron(up, shape, terms=1).error
+        stored += nearest_kron(down, shape.transposed(), terms=1).error
+        assert found.loss <= stored * (1 + 1e-12)
+        assert all(later < earlier for earlier, later in pairwise(found.convergence.history))
 
 
 def test_a_start_that_is_given_up_was_behind():

@@ -26,7 +26,6 @@ Row = Mapping[str, Any]
 QUANTITIES = ("checkpoint", "memory", "prefill")
 """Those that every measurement has, in the order of the columns; `decode@B` follow."""
 
-_TITLES = {"checkpoint": "checkpoint", "memory": "peak memory", "prefill": "prefill"}
 _AGAIN = "`krony speed --force` measures again"
 _FORMS = {"factored": 0, "materialised": 1}
 
@@ -112,9 +111,13 @@ def speed_table(frame: pd.DataFrame) -> Table:
     rows = rows_of(frame)
     batches = sorted({int(q.split("@")[1]) for q in frame["quantity"].unique() if q.startswith("decode@")})
     quantities = [*QUANTITIES, *(f"decode@{batch}" for batch in batches)]
-    titles = {**_TITLES, **{f"decode@{batch}": f"decode, {batch} at once" for batch in batches}}
-    columns = [Column("run", is_text=True), Column("held", is_text=True), Column("on"), Column("parameters")]
-    columns += [Column(titles[quantity]) for quantity in quantities]
+    columns = [
+        Column("run", is_text=True),
+        Column("held", is_text=True),
+        Column("machine"),
+        Column("parameters"),
+    ]
+    columns += [Column(quantity) for quantity in quantities]
     heads, body, notes = model_names(rows), [], []
     for number, (_, members) in enumerate(groupby(rows, key=_block), start=1):
         block = list(members)
@@ -133,9 +136,10 @@ def speed_table(frame: pd.DataFrame) -> Table:
 
 
 _MEANING = (
-    "Checkpoint, peak memory: share of the dense ones. Speeds: how many times as fast as dense, the median "
-    "over rounds in which all sides take turns, and its 95 % interval. materialised: the model multiplied "
-    "out, as its stock export is. Every side is run by the same code."
+    "checkpoint and memory (at its peak): share of dense. prefill and decode@B (one more token in each of B "
+    "sequences): how many times as fast as dense, the median over rounds in which all sides take turns, and "
+    "its 95 % interval. materialised: the model multiplied out, as its stock export is. Every side is run by "
+    "the same code."
 )
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from analysis.report import explained, write_report
 from analysis.speed import load_speeds, speed_table, speed_text
+from analysis.versus import versus
+from analysis.versus_text import versus_text
 from pipeline.errors import ConfigError
 from pipeline.store.artifacts import Identity, Store
 
@@ -70,10 +72,8 @@ def measure(lab, store, invented, *, chip="Chip 7", sides=tuple(SIDES), **settin
 def store(study_store, tmp_path_factory) -> Store:
     """A study of four models: one is measured, one on two machines, one without its dense side, one not."""
     lab = study_store
-    store = lab.write_study(
-        tmp_path_factory.mktemp("study"), models=lab.MODELS[1:5], protocols=("krony/wt103",)
-    )
-    big, prune, small, _ = lab.MODELS[1:5]
+    big, prune, small, _ = models = [lab.MODELS[place] for place in (1, 2, 3, 5)]
+    store = lab.write_study(tmp_path_factory.mktemp("study"), models=models, protocols=("krony/wt103",))
     measure(lab, store, big)
     measure(lab, store, small)
     measure(lab, store, small, chip="Chip 9", threads=8)
@@ -105,7 +105,7 @@ def test_two_machines_never_share_a_dense_row(store):
 def test_dense_is_absolute_once_and_everything_else_a_ratio(store):
     table = speed_table(load_speeds(store, addresses(store)))
     heads = [column.title for column in table.columns]
-    assert heads[4:] == ["checkpoint", "peak memory", "prefill", "decode, 1 at once", "decode, 32 at once"]
+    assert heads[4:] == ["checkpoint", "memory", "prefill", "decode@1", "decode@32"]
     for row in table.rows:
         cells = [cell.text for cell in row]
         if cells[1] == "dense":
@@ -146,7 +146,9 @@ def test_a_store_without_measurements_has_no_such_section(study_store, tmp_path)
 
 def test_a_report_of_some_scores_shows_the_speed_of_their_models_alone(store, tmp_path):
     (record,) = [
-        r for r in store.records("scores") if r.metrics["parameters"] == 81_972_576 and "s0" in r.name
+        r
+        for r in store.records("scores")
+        if r.name.startswith("kron_vl") and r.metrics["parameters"] == 81_972_576
     ]
     write_report(store, tmp_path, scores=[record.address])
     rows = pd.read_csv(tmp_path / "speed.csv")
@@ -174,3 +176,13 @@ def test_one_figure_says_where_it_comes_from(store):
 def test_a_figure_that_is_not_there_is_one_line(store, cell, message):
     with pytest.raises(ConfigError, match=message):
         explained(store, cell)
+
+
+def test_two_models_stand_side_by_side_where_one_machine_measured_both(store):
+    found = versus("kron-96m", "kron-82m", store=store)
+    assert {each.a["place"] for each in found.speeds} == {"Chip 7, 1 thread, torch 2.13.0"}
+    assert len(found.speeds) == 2 * 5  # the dense side is what they are measured by
+    text = versus_text(found)
+    assert re.search(r"factored\.prefill +1\.25× \(1\.24–1\.26\) +1\.25×", text)
+    assert "Chip 7, 1 thread" in text
+    assert "over dense" not in versus_text(versus("kron-96m", "random-82m", store=store))

@@ -141,10 +141,11 @@ def _turns(
 ) -> dict[str, dict[str, Seconds]]:
     """Seconds of every call, by quantity and side."""
     quantities = ["prefill", *(f"decode@{batch}" for batch in config.batches)]
-    rounds, took = config.rounds, {}
-    with Progress("speed", rounds * len(quantities), unit="rounds", quiet=quiet) as progress:
+    took: dict[str, dict[str, Seconds]] = {}
+    with Progress("speed", 100, unit="%", quiet=quiet) as progress:
         for number, quantity in enumerate(quantities):
-            progress.update(number * rounds, of=quantity)
+            tell = partial(_tell, progress, quantity, number, len(quantities))
+            tell(0.0)
             sides: dict[str, Action] = {
                 side: _action(network, quantity, load, config) for side, network in networks.items()
             }
@@ -153,18 +154,18 @@ def _turns(
                     action()
             took[quantity] = take_turns(
                 sides,
-                rounds=rounds,
+                rounds=config.rounds,
                 fewest=FEWEST_ROUNDS,
                 seconds=config.seconds,
                 device=config.device,
-                on_round=partial(_tell, progress, quantity, number * rounds),
+                on_round=tell,
             )
-            progress.update((number + 1) * rounds, of=quantity)
+            tell(1.0)
     return took
 
 
-def _tell(progress: Progress, quantity: str, before: int, done: int) -> None:
-    progress.update(before + done, of=quantity)
+def _tell(progress: Progress, quantity: str, before: int, total: int, share: float) -> None:
+    progress.update(int(100 * (before + share) / total), of=quantity)
 
 
 def _action(network: Any, quantity: str, load: Load, config: SpeedConfig) -> Action:

@@ -81,23 +81,24 @@ def take_turns(
     fewest: int = 1,
     seconds: float = math.inf,
     device: str = "cpu",
-    on_round: Callable[[int], None] = lambda _: None,
+    on_round: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Seconds]:
     """Seconds of each call of each side, (rounds,); a round calls every side, and each begins in turn.
 
     Ends after `rounds`, or with the first round beyond `seconds`, but not before `fewest`. Call every side
-    beforehand: first calls are slower. `on_round` hears how many rounds are over.
+    beforehand: first calls are slower. `on_round` hears which share of the work, or of the time, is over.
     """
     names = list(sides)
     took: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     for number in range(rounds):
-        if number >= fewest and time.perf_counter() - began > seconds:
+        if number >= fewest and time.perf_counter() - began >= seconds:
             break
         for place in range(len(names)):
             name = names[(number + place) % len(names)]
             took[name].append(_timed(sides[name], device))
-        on_round(number + 1)
+        spent = (time.perf_counter() - began) / seconds if seconds else 1.0
+        on_round(min(1.0, (number + 1) / fewest, max((number + 1) / rounds, spent)))
     return {name: np.array(values) for name, values in took.items()}
 
 

@@ -143,10 +143,12 @@ def test_sides_take_turns_and_each_begins():
 
 
 def test_turns_end_when_their_time_is_over_but_not_before_the_fewest():
-    heard: list[int] = []
+    heard: list[float] = []
     took = take_turns({"a": lambda: None}, rounds=1000, fewest=5, seconds=0.0, on_round=heard.append)
-    assert heard == [1, 2, 3, 4, 5]
+    assert heard == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert len(took["a"]) == 5
+    take_turns({"a": lambda: None}, rounds=4, on_round=heard.append)
+    assert heard[5:] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_the_interval_of_a_ratio_holds_the_true_median_nineteen_times_in_twenty():
@@ -180,6 +182,17 @@ def test_a_lost_process_is_one_line(monkeypatch):
 def test_a_device_that_is_not_there_is_one_line(store):
     with pytest.raises(PreflightError, match=r"speed\.device='cuda' is not there"):
         measured(store, replace(CONFIG, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_every_quantity_and_the_memory_of_one_side(store):
+    record = measured(store, replace(CONFIG, device="cuda")).record
+    sizes = {(f["side"], f["quantity"]): f["value"] for f in record.metrics["figures"]}
+    assert len(sizes) == 3 * 5
+    for side in SIDES:
+        assert sizes[side, "memory"] > 0.9 * sizes[side, "checkpoint"]
+    assert record.settings["place"]["chip"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,6 @@ def scores_of(
     common: dict[str, Any] = {
         "tokens": len(ids),
         "scored": sum(counts),
-        "windows": rows,
         "text": task.text.name if task.text else task.name,
         "text_sha256": task.text.sha256 if task.text else _digest(samples),
         "tokens_sha256": ids_sha256(ids),
@@ -61,14 +60,14 @@ def scores_of(
     }
     names = samples[0]["metrics"]
     if "word_perplexity" in names:
-        return _per_word(samples, protocol, counts, results, common)
+        return _per_word(samples, protocol, counts, results, common | {"windows": rows})
     metric = next((name for name in RIGHT if name in names), "")
     if not metric:
         raise EvaluateError(
             f"{protocol.id}: the task gives {', '.join(names)}; a table needs {' or '.join(RIGHT)} of each "
             "document, or word_perplexity"
         )
-    return _right(samples, protocol, counts, results, common, metric=metric)
+    return _right(samples, protocol, counts, results, common | {"windows": len(samples)}, metric=metric)
 
 
 def _per_word(

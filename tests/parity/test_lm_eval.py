@@ -183,6 +183,7 @@ def test_task_files_of_a_user_are_asked_as_they_stand(model, encoding, theirs, t
         assert ours.units.correct.tolist() == [bool(sample[unit]) for sample in found["samples"][name]]
         assert ours.settings["results"][unit] == ours.value
         assert "loss" not in ours.metrics()
+        assert ours.windows == len(ours.units.correct) == 12
         if name == "write":
             answers = [sample["resps"][0][0] for sample in found["samples"][name]]
             assert len(set(answers)) > 1

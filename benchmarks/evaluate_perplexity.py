@@ -4,7 +4,7 @@
 
 Random weights of GPT-2's shape and random tokens. Sides: the loop that everybody writes (a window, `labels`,
 `loss`), and ours on the same dense weights and on a compressed model that was never dense, in fp32 and bf16.
-Every round is the whole text; medians of the rounds and their ratios to the loop of equal precision come out
+Every round is the whole text; medians of the ratios to the loop of equal precision, round by round, come out
 as JSON, with the losses of the two dense sides, which must agree.
 """
 
@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.decode_export import take_turns
 from model.config import GPT2Config, Kron, ModelSpec
 from model.export import save_stock
 from model.gpt2 import GPT2
 from pipeline.evaluate.perplexity import aggregate, token_losses, windows
 from pipeline.evaluate.protocols import get_protocol
 from pipeline.evaluate.sequences import TokenSequence
+from pipeline.evaluate.turns import Spread, take_turns
 
 
 def transformers_loop(model: Any, ids: np.ndarray, length: int, *, half: bool) -> Callable[[], float]:
@@ -89,23 +88,23 @@ def main() -> None:
         sides[f"dense {name}"] = ours(dense, sequence, batch=options.batch, half=half)
         sides[f"compressed {name}"] = ours(small, sequence, batch=options.batch, half=half)
     losses = {name: round(run(), 6) for name, run in sides.items()}  # warms up as well
-    began = time.perf_counter()
-    took = take_turns(sides, options.rounds, options.device)
-    median = {name: statistics.median(times) for name, times in took.items()}
-    ratio = {
-        name: round(median[f"transformers {name.split()[1]}"] / value, 3) for name, value in median.items()
-    }
-    ratio["dense bf16 over transformers fp32"] = round(median["transformers fp32"] / median["dense bf16"], 3)
+    took = take_turns(sides, rounds=options.rounds, device=options.device)
+    against = {name: f"transformers {name.split()[1]}" for name in sides}
+    ratios = {name: Spread.of_ratio(took[other], took[name]) for name, other in against.items()}
+    ratios["dense bf16 over transformers fp32"] = Spread.of_ratio(
+        took["transformers fp32"], took["dense bf16"]
+    )
     print(
         json.dumps(
             {
                 "tokens": len(ids),
                 "batch": options.batch,
                 "losses": losses,
-                "seconds": {name: round(value, 3) for name, value in median.items()},
-                "spread": {name: round(max(times) / min(times), 2) for name, times in took.items()},
-                "times as fast as transformers": ratio,
-                "wall_s": round(time.perf_counter() - began, 1),
+                "seconds": {name: round(float(np.median(times)), 3) for name, times in took.items()},
+                "times as fast as transformers (95 %)": {
+                    name: [round(each, 3) for each in (found.middle, found.low, found.high)]
+                    for name, found in ratios.items()
+                },
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.config import BlockSpec, Convention, GPT2Config, ModelError, ModelSpec, SplitQKV
 from model.layers.embedding import Embedding
 from model.layers.factory import LinearFactory, make_linear, make_table
+from model.layers.paired import paired
 from model.layers.structured import StructuredLinear
 from model.losses import chunked_cross_entropy_sum
 
@@ -69,7 +70,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        out = paired(self.c_fc, self.c_proj, x, gelu=self.gelu)
+        if out is None:
+            out = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
         return out
 
 

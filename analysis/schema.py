@@ -106,6 +106,7 @@ SPEEDS: Mapping[str, str] = {
     "ratio_low": "float",
     "ratio_high": "float",
     "rounds": "int",
+    "held": "float",
     "device": "str",
     "place": "str",
     "protocol": "str",

@@ -26,6 +26,9 @@ Row = Mapping[str, Any]
 QUANTITIES = ("checkpoint", "memory", "prefill")
 """Those that every measurement has, in the order of the columns; `decode@B` follow."""
 
+_IDLE = 0.9
+"""Of the time that goes by, what a thread gets of a processor where it is alone."""
+
 _AGAIN = "`krony speed --force` measures again"
 _FORMS = {"factored": 0, "materialised": 1}
 
@@ -53,7 +56,7 @@ def speeds(graph: Graph, records: Sequence[Record], problems: list[str]) -> pd.D
                 problems.append(
                     f"{record.address}: {', '.join(lineage.drifted)} changed after it was measured; {_AGAIN}"
                 )
-            shared = {**known, **_conditions(record), "parameters_by_side": _parameters(record)}
+            shared = {**known, **_conditions(record), **_counted(record)}
             rows: list[Row] = [_row(shared, figure) for figure in figures]
             newest[known["run"] or known["subject"], shared["protocol"], shared["place"]] = rows
     found = [row for rows in newest.values() for row in rows]
@@ -76,14 +79,17 @@ def _conditions(record: Record) -> dict[str, str]:
     }
 
 
-def _parameters(record: Record) -> Mapping[str, int]:
-    counted: Mapping[str, int] = record.metrics.get("parameters_by_side", {})
-    return counted
+def _counted(record: Record) -> dict[str, Mapping[str, Any]]:
+    return {key: record.metrics.get(key, {}) for key in ("parameters_by_side", "held")}
 
 
 def _row(shared: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
     side = str(figure["side"])
-    return {**shared, **figure, "parameters": shared["parameters_by_side"].get(side)}
+    own = {
+        "parameters": shared["parameters_by_side"].get(side),
+        "held": shared["held"].get(figure["quantity"]),
+    }
+    return {**shared, **figure, **own}
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
@@ -198,7 +204,19 @@ def _where(block: Sequence[Row]) -> str:
     if runs > 1:
         apart = ", ".join(_apart(block))
         text += f". Dense is the median of {runs} measurements, which lie apart by {apart}"
-    return f"{text}."
+    return f"{text}.{_busy(block)}"
+
+
+def _busy(block: Sequence[Row]) -> str:
+    """A warning, where what was timed had to wait for its processor: known of one thread on the CPU alone."""
+    held = [row["held"] for row in block if names.is_number(row["held"])]
+    if not held or min(held) > _IDLE or block[0]["device"] != "cpu" or ", 1 thread," not in block[0]["place"]:
+        return ""
+    most = f" to {100 * max(held):.0f}" if len(held) > 1 else ""
+    return (
+        f" The machine was busy: what was timed had a processor for {100 * min(held):.0f}{most} % of the "
+        "time; little of it makes a ratio rough."
+    )
 
 
 def _apart(block: Sequence[Row]) -> Iterator[str]:

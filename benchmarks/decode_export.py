@@ -71,8 +71,8 @@ def main() -> None:
             took = {"decode": take_turns(steps, rounds=tokens, device=device)}
             reads = {side: partial(model, prompt, logits_to_keep=1) for side, model in models.items()}
             took["prefill"] = take_turns(reads, rounds=max(3, tokens // 8), device=device)
-            for kind, sides in took.items():
-                median = {side: Spread.quartiles(times).middle for side, times in sides.items()}
+            for kind, turns in took.items():
+                median = {side: Spread.quartiles(times).middle for side, times in turns.seconds.items()}
                 rows[f"{kind}@{batch}"] = {
                     **{f"{side}_ms": round(1000 * value, 3) for side, value in median.items()},
                     "ratio": round(median["factored"] / median["dense"], 3),

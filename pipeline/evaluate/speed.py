@@ -29,7 +29,7 @@ from pipeline.compress.served import serve
 from pipeline.config.speed import FEWEST_ROUNDS, SpeedConfig
 from pipeline.errors import PreflightError
 from pipeline.evaluate.memory import Load, Weights, cuda_peak, resident_peaks
-from pipeline.evaluate.turns import Action, Decoding, Seconds, Spread, take_turns
+from pipeline.evaluate.turns import Action, Decoding, Spread, Turns, take_turns
 from pipeline.progress import Progress, say
 from pipeline.store.artifacts import Artifact, Identity, Store
 
@@ -112,6 +112,7 @@ def speed_artifact(
                     side: each.spec.num_parameters("tied_all") for side, each in models.items()
                 },
                 "n_embd": spec.arch.n_embd,
+                "held": {quantity: turns.held for quantity, turns in took.items()},
             },
             settings={"place": place(config.device), "seconds": config.seconds, "rounds": config.rounds},
         )
@@ -136,12 +137,10 @@ def _networks(models: Mapping[Side, GPT2], config: SpeedConfig, *, where: str) -
 
 
 @torch.inference_mode()
-def _turns(
-    networks: Mapping[Side, Any], config: SpeedConfig, load: Load, *, quiet: bool
-) -> dict[str, dict[str, Seconds]]:
-    """Seconds of every call, by quantity and side."""
+def _turns(networks: Mapping[Side, Any], config: SpeedConfig, load: Load, *, quiet: bool) -> dict[str, Turns]:
+    """Every call, by quantity."""
     quantities = ["prefill", *(f"decode@{batch}" for batch in config.batches)]
-    took: dict[str, dict[str, Seconds]] = {}
+    took: dict[str, Turns] = {}
     with Progress("speed", 100, unit="%", quiet=quiet) as progress:
         for number, quantity in enumerate(quantities):
             tell = partial(_tell, progress, quantity, number, len(quantities))
@@ -219,8 +218,9 @@ def _checkpoints(model: Artifact, teacher: Artifact) -> dict[str, int]:
     }
 
 
-def _speeds(took: Mapping[str, Mapping[str, Seconds]], prompt: int) -> Iterator[Figure]:
-    for quantity, sides in took.items():
+def _speeds(took: Mapping[str, Turns], prompt: int) -> Iterator[Figure]:
+    for quantity, turns in took.items():
+        sides = turns.seconds
         is_prefill = quantity == "prefill"
         for side in SIDES:
             calls = Spread.quartiles(sides[side])
@@ -248,12 +248,12 @@ def _bytes(quantity: str, sizes: Mapping[str, int]) -> Iterator[Figure]:
         yield Figure(side=side, quantity=quantity, unit="bytes", value=sizes[side], ratio=ratio)
 
 
-def _parquet(took: Mapping[str, Mapping[str, Seconds]]) -> bytes:
+def _parquet(took: Mapping[str, Turns]) -> bytes:
     """Every call: columns `quantity`, `side`, `round`, `seconds`."""
     rows = [
         {"quantity": quantity, "side": side, "round": number, "seconds": float(seconds)}
-        for quantity, sides in took.items()
-        for side, calls in sides.items()
+        for quantity, turns in took.items()
+        for side, calls in turns.seconds.items()
         for number, seconds in enumerate(calls)
     ]
     sink = io.BytesIO()

@@ -51,6 +51,17 @@ class Spread:
         return Spread(float(np.median(ratios)), float(ratios[first]), float(ratios[last]))
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Turns:
+    """What `take_turns` found."""
+
+    seconds: Mapping[str, Seconds]
+    """Of each call of each side, (rounds,)."""
+
+    held: float
+    """Processor time of this process over time that went by: near 1 for one thread on an idle machine."""
+
+
 class Decoding:
     """Reads the prompt, then writes one token at each call; after `tokens` of them it goes back."""
 
@@ -82,15 +93,15 @@ def take_turns(
     seconds: float = math.inf,
     device: str = "cpu",
     on_round: Callable[[float], None] = lambda _: None,
-) -> dict[str, Seconds]:
-    """Seconds of each call of each side, (rounds,); a round calls every side, and each begins in turn.
+) -> "Turns":
+    """Time each call of each side; a round calls every side, and each begins in turn.
 
     Ends after `rounds`, or with the first round beyond `seconds`, but not before `fewest`. Call every side
     beforehand: first calls are slower. `on_round` hears which share of the work, or of the time, is over.
     """
     names = list(sides)
     took: dict[str, list[float]] = {name: [] for name in names}
-    began = time.perf_counter()
+    began, had = time.perf_counter(), time.process_time()
     for number in range(rounds):
         if number >= fewest and time.perf_counter() - began >= seconds:
             break
@@ -99,7 +110,8 @@ def take_turns(
             took[name].append(_timed(sides[name], device))
         spent = (time.perf_counter() - began) / seconds if seconds else 1.0
         on_round(min(1.0, (number + 1) / fewest, max((number + 1) / rounds, spent)))
-    return {name: np.array(values) for name, values in took.items()}
+    held = (time.process_time() - had) / (time.perf_counter() - began)
+    return Turns({name: np.array(values) for name, values in took.items()}, held)
 
 
 def _timed(action: Action, device: str) -> float:

@@ -1,6 +1,7 @@
 """Speed and memory: what is measured is complete, of the right models, by turns; no test asserts a time."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_the_record_says_where_it_was_measured_and_what(artifact):
     assert record.settings["place"]["torch"] == torch.__version__
     assert record.metrics["parameters"] == SPEC.num_parameters("tied_all")
     assert record.metrics["parameters_by_side"]["dense"] > record.metrics["parameters"]
+    assert set(record.metrics["held"]) == {"prefill", "decode@1", "decode@2"}
     json.dumps(record.metrics, allow_nan=False)
 
 
@@ -137,18 +139,22 @@ def test_decoding_with_a_cache_is_greedy_decoding_without(toy):
 def test_sides_take_turns_and_each_begins():
     called: list[str] = []
     sides = {name: lambda name=name: called.append(name) for name in "abc"}
-    took = take_turns(sides, rounds=4)
+    took = take_turns(sides, rounds=4).seconds
     assert "".join(called) == "abcbcacababc"
     assert {name: len(calls) for name, calls in took.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_turns_end_when_their_time_is_over_but_not_before_the_fewest():
     heard: list[float] = []
-    took = take_turns({"a": lambda: None}, rounds=1000, fewest=5, seconds=0.0, on_round=heard.append)
+    took = take_turns({"a": lambda: None}, rounds=1000, fewest=5, seconds=0.0, on_round=heard.append).seconds
     assert heard == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert len(took["a"]) == 5
     take_turns({"a": lambda: None}, rounds=4, on_round=heard.append)
     assert heard[5:] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_waiting_is_no_work():
+    assert take_turns({"waits": lambda: time.sleep(0.02)}, rounds=5).held < 0.5
 
 
 def test_the_interval_of_a_ratio_holds_the_true_median_nineteen_times_in_twenty():

@@ -50,7 +50,7 @@ TOKENS = Identity(
 TEACHER = Identity("teacher", "gpt2", {"id": "openai-community/gpt2"})
 
 
-def measure(lab, store, invented, *, chip="Chip 7", sides=tuple(SIDES), **settings):
+def measure(lab, store, invented, *, chip="Chip 7", sides=tuple(SIDES), held=0.99, **settings):
     """An artifact of kind `speed` of an invented model of the study, as `krony speed` writes it."""
     model = lab.train(store, invented, teacher=TEACHER, tokens=TOKENS, tokenizer=TOKENIZER)
     config = {"prompt": 512, "past": 32, "tokens": 32, "dtype": "float32", "device": "cpu", "threads": 1}
@@ -64,6 +64,7 @@ def measure(lab, store, invented, *, chip="Chip 7", sides=tuple(SIDES), **settin
             "materialised": DENSE_SIZE,
         },
         "n_embd": 768,
+        "held": {"prefill": 0.99, "decode@1": held, "decode@32": 0.99},
     }
     lab.put(store, identity, {"turns.parquet": b"calls"}, metrics, place={**PLACE, "chip": chip})
 
@@ -74,7 +75,7 @@ def store(study_store, tmp_path_factory) -> Store:
     lab = study_store
     big, prune, small, _ = models = [lab.MODELS[place] for place in (1, 2, 3, 5)]
     store = lab.write_study(tmp_path_factory.mktemp("study"), models=models, protocols=("krony/wt103",))
-    measure(lab, store, big)
+    measure(lab, store, big, held=0.31)
     measure(lab, store, small)
     measure(lab, store, small, chip="Chip 9", threads=8)
     measure(lab, store, prune, sides=("factored", "materialised"))
@@ -126,6 +127,13 @@ def test_the_page_has_the_table_in_every_format(out):
     assert set(rows["side"]) == set(SIDES)
     assert len(rows) == 3 * 3 * 5  # measurements, sides, quantities
     assert (rows.loc[rows["side"] == "dense", "ratio"] == 1.0).all()
+
+
+def test_a_busy_machine_is_said(store):
+    notes = speed_table(load_speeds(store, addresses(store))).notes
+    (busy,) = [note for note in notes if "busy" in note]
+    assert "Chip 7" in busy
+    assert "31 to 99 % of the time" in busy
 
 
 def test_a_missing_dense_side_is_a_clear_line(store, out):

@@ -243,3 +243,16 @@ def test_a_prompt_beyond_the_context_is_refused():
         address(prompt=300)
     with pytest.raises(ConfigError, match=r"speed\.past=250 and speed\.tokens=32"):
         address(past=250)
+
+
+def test_the_plan_of_the_verb_shows_what_it_would_measure_and_other_verbs_do_not(tmp_path, capsys):
+    from jobs import run, speed
+
+    words = ["--plan", "--store", str(tmp_path / "store"), "--method.shape", "[64, 128]"]
+    assert speed.main(words) == 0
+    assert "speed/kron_vl-s0-cpu-" in capsys.readouterr().out
+    assert run.main(words) == 0
+    assert "speed/" not in capsys.readouterr().out
+    assert run.main([*words, "--speed.enabled", "true"]) == 0
+    assert "speed/kron_vl-s0-cpu-" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model.algebra.activation import activation_kron
 from model.algebra.alternate import DEFAULT_SOLVER, Convergence, Pair, Solver, Stopped, WeightedFit
-from model.algebra.kron import check_weight
+from model.algebra.kron import check_weight, kron_apply, kron_sum, shape_of
 from model.algebra.nystrom import greedy_keep, refit
 from model.algebra.permute import norm_split
 from model.algebra.psd import metric_loss, psd_roots
@@ -83,7 +83,8 @@ def permuted_activation_kron_pair(
     `weights` say what the two losses are worth; by default each counts relative to its energy. `unit_metric`
     (n, n) is an output metric of `up`: what an error of the pre-activations costs; it needs m2 = 1 or m1 = 1.
     The stored order is always tried as well. A sweep is one new order and `refit_iter` iterations of both
-    fits. Raises ModelError for matrices or metrics that do not fit the shape.
+    fits. The starts take theirs in turn; one is given up when all the sweeps that are left, as good as its
+    last, would leave it behind the best. Raises ModelError for matrices or metrics that do not fit the shape.
     """
     check_terms(shape, terms)
     if max_sweeps < 0 or refit_iter < 1:
@@ -95,15 +96,17 @@ def permuted_activation_kron_pair(
     if weights is not None:
         sides = replace(sides[0], share=weights[0]), replace(sides[1], share=weights[1])
     problem = _Problem(*sides, terms, solver, replace(solver, max_iter=refit_iter), gauge)
-    best: PermutedActivationPair | None = None
-    by_start: list[tuple[str, float]] = []
-    for name, start in problem.starts(starts).items():
-        found = problem.improve(name, start, max_sweeps=max_sweeps)
-        by_start.append((name, found.loss))
-        if best is None or found.loss < best.loss:
-            best = found
-    assert best is not None
-    return replace(best, convergence=replace(best.convergence, by_start=tuple(by_start)))
+    searches = [_Search(problem, name, start) for name, start in problem.starts(starts).items()]
+    running = searches if min(shape.n1, shape.n2) > 1 else []
+    for left in reversed(range(max_sweeps)):
+        for search in running:
+            search.sweep()
+        best = min(searches, key=lambda search: search.loss)
+        running = [search for search in running if not search.stopped and search.may_catch(best, left=left)]
+    best = min(searches, key=lambda search: search.loss)
+    by_start = tuple((search.name, search.loss) for search in searches)
+    how = Convergence(best.name, tuple(best.history), best.stopped or "max_iter", by_start)
+    return PermutedActivationPair(best.up, best.down, best.hidden, best.loss, how)
 
 
 def first_order_unit_metric(down: Tensor, gate_gram: Tensor) -> Tensor:
@@ -173,9 +176,13 @@ class _Side:
             gauge=problem.gauge,
         )
 
-    def view(self, fit: WeightedFit) -> Tensor:
-        """The fit as one row per place, like `units`."""
-        return fit.dense() if self.root is None else (self.root @ fit.dense()).T
+    def view(self, fit: WeightedFit) -> Pair:
+        """The fit as one row per place, like `units`, in factors; of one that are dense where it has none."""
+        if self.root is None:
+            return fit.left, fit.right
+        if self.shape.m2 == 1:
+            return (self.root @ fit.left).mT, fit.right.mT
+        return (self.root @ fit.dense()).T[None], self.root.new_ones(1, 1, 1)
 
     def affinity(self) -> Tensor:
         """Inner products of the scaled units, (n, n)."""
@@ -214,12 +221,14 @@ class _Move:
     @classmethod
     def of(cls, side: _Side, hidden: Tensor, fit: WeightedFit) -> "_Move":
         """Linearise the loss of a side around an order."""
-        units, fitted = side.units[hidden], side.view(fit)
+        units, (left, right) = side.units[hidden], side.view(fit)
+        fitted = kron_sum(left, right)
         coupling = None if side.coupling is None else side.coupling[hidden][:, hidden]
         rest = units - fitted
         pull = rest if coupling is None else coupling @ rest
-        fixed = -2 * side.share * (fitted @ pull.T)
-        curve = side.share * (fitted.square().sum(dim=1)[:, None] - 2 * (fitted @ fitted.T))
+        fixed = _products(pull, left.mT, right.mT).T.mul(-2 * side.share)
+        likeness = _products(fitted, left.mT, right.mT)
+        curve = likeness.mul_(-2).add_(fitted.square().sum(dim=1)[:, None]).mul_(side.share)
         before = side.share * float((rest * pull).sum())
         if coupling is None:  # nothing couples the units: the expansion is exact as it stands
             return cls(units, fitted, None, side.share, before, fixed + curve, None)
@@ -282,34 +291,6 @@ class _Problem:
         kept = self.up.weight[:, keep].reshape(shape.m1, self.terms, shape.n1).permute(1, 0, 2)
         return _Start(hidden, (kept, pick[:, None, :]), (new, pick[:, :, None]))
 
-    def improve(self, name: str, start: _Start, *, max_sweeps: int) -> PermutedActivationPair:
-        """Alternate order and refit from one start."""
-        hidden = start.hidden
-        up = self.up.fit(hidden, start.up, self, from_scratch=True)
-        down = self.down.fit(hidden, start.down, self, from_scratch=True)
-        history, tau = [self.total(up, down)], 1.0
-        stopped: Stopped = "max_iter"
-        matters = min(self.up.shape.n1, self.up.shape.n2) > 1
-        for _ in range(max_sweeps if matters else 0):
-            found = self.better_order(hidden, up, down, tau=tau)
-            if found is not None:
-                new_hidden, tau = found
-            else:
-                new_hidden = self.regrouped(hidden, up, down)
-            new_up = self.up.fit(new_hidden, (up.left, up.right), self, from_scratch=False)
-            new_down = self.down.fit(new_hidden, (down.left, down.right), self, from_scratch=False)
-            now = self.total(new_up, new_down)
-            if not now < history[-1]:
-                stopped = "no_descent"
-                break
-            hidden, up, down = new_hidden, new_up, new_down
-            history.append(now)
-            if history[-2] - now < self.solver.rtol * history[-2]:
-                stopped = "converged"
-                break
-        how = Convergence(name, tuple(history), stopped, ())
-        return PermutedActivationPair(up, down, hidden, history[-1], how)
-
     def total(self, up: WeightedFit, down: WeightedFit) -> float:
         """The weighted sum of both losses."""
         return self.up.share * up.loss + self.down.share * down.loss
@@ -337,6 +318,54 @@ class _Problem:
             if tau > len(hidden):  # descent is certain here; what is left is rounding
                 return None
             tau *= 4
+
+
+class _Search:
+    """What became of one start."""
+
+    def __init__(self, problem: _Problem, name: str, start: _Start) -> None:
+        self.problem, self.name, self.hidden = problem, name, start.hidden
+        self.up = problem.up.fit(start.hidden, start.up, problem, from_scratch=True)
+        self.down = problem.down.fit(start.hidden, start.down, problem, from_scratch=True)
+        self.history = [problem.total(self.up, self.down)]
+        self.stopped: Stopped | None = None
+        self._tau = 1.0
+
+    @property
+    def loss(self) -> float:
+        """Where it stands."""
+        return self.history[-1]
+
+    def may_catch(self, best: "_Search", *, left: int) -> bool:
+        """Whether as many sweeps as are left, each as good as its last, would bring it to the best one."""
+        return self is best or self.loss - left * (self.history[-2] - self.loss) < best.loss
+
+    def sweep(self) -> None:
+        """A new order and a refit from the factors of the old one; it ends where that gains nothing more."""
+        problem, up, down = self.problem, self.up, self.down
+        found = problem.better_order(self.hidden, up, down, tau=self._tau)
+        if found is not None:
+            hidden, self._tau = found
+        else:
+            hidden = problem.regrouped(self.hidden, up, down)
+        up = problem.up.fit(hidden, (up.left, up.right), problem, from_scratch=False)
+        down = problem.down.fit(hidden, (down.left, down.right), problem, from_scratch=False)
+        now, before = problem.total(up, down), self.loss
+        if not now < before:
+            self.stopped = "no_descent"
+            return
+        self.hidden, self.up, self.down = hidden, up, down
+        self.history.append(now)
+        if before - now < problem.solver.rtol * before:
+            self.stopped = "converged"
+
+
+def _products(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Rows (k, m) times sum_k A_k (x) B_k, through the factors where that is less work: (k, n)."""
+    shape = shape_of(left, right)
+    if len(left) * min(shape.macs()) < shape.rows * shape.cols:
+        return kron_apply(rows, left, right, order=shape.cheaper_order)
+    return rows @ kron_sum(left, right)
 
 
 def _align(affinity: Tensor, split: Tensor) -> Tensor:

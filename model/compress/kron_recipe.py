@@ -149,6 +149,7 @@ class KronActPerm(Alternating):
     """`kron_act` in an order of the hidden units that is chosen with it, for the whole MLP; it folds away."""
 
     name: Literal["kron_act_perm"] = "kron_act_perm"
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("gram",)
 
     bias_correction: bool = True
@@ -158,7 +159,7 @@ class KronActPerm(Alternating):
     """Orders to start from, beside the stored one."""
 
     max_sweeps: int = 10
-    """Rounds of reordering and refit from each order."""
+    """Rounds of reordering and refit from each order; one that falls hopelessly behind is given up."""
 
     refit_iter: int = 3
     """Iterations of the fit in each round."""

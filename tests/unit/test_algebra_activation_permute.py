@@ -125,6 +125,20 @@ def test_selecting_units_with_a_refit_is_a_special_case():
         assert first.down.loss <= pruned * (1 + 1e-9)
 
 
+def test_a_start_is_given_up_only_behind_the_best_and_all_are_on_record():
+    mlp, given_up = Mlp(20), 0
+    found = mlp.order(SHAPES[0], max_sweeps=30)
+    by_start = dict(found.convergence.by_start)
+    assert list(by_start) == ["identity", "norm_split", "aligned", "selected"]
+    assert by_start[found.convergence.start] == found.loss == min(by_start.values())
+    assert found.convergence.stopped in ("converged", "no_descent")
+    for name in ("norm_split", "aligned", "selected"):
+        alone = dict(mlp.order(SHAPES[0], max_sweeps=30, starts=(name,)).convergence.by_start)[name]
+        assert by_start[name] >= alone
+        given_up += by_start[name] > alone
+    assert given_up > 0
+
+
 def test_a_planted_order_is_found():
     levels = torch.tensor([[4.0, 2.0, 1.0, 0.5]]).double()
     scramble = torch.from_numpy(np.random.default_rng(3).permutation(HIDDEN))
@@ -177,11 +191,12 @@ def test_it_is_deterministic_and_refuses_what_does_not_fit():
         permuted_activation_kron_pair(mlp.down, mlp.up, mlp.inputs, mlp.hidden, SHAPES[0], terms=1)
 
 
-def test_the_majoriser_is_above_the_true_change_and_exact_without_coupling():
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_the_majoriser_is_above_the_true_change_and_exact_without_coupling(shape: KronShape):
     mlp, stored = Mlp(0), torch.arange(HIDDEN)
     generator = np.random.default_rng(0)
-    up = _Side.of(mlp.up, SHAPES[0], mlp.inputs, None)
-    down = _Side.of(mlp.down, SHAPES[0].transposed(), None, mlp.hidden)
+    up = _Side.of(mlp.up, shape, mlp.inputs, None)
+    down = _Side.of(mlp.down, shape.transposed(), None, mlp.hidden)
     problem = _Problem(up, down, 1, DEFAULT_SOLVER, DEFAULT_SOLVER, "rms")
     for side in (up, down):
         fit = side.fit(stored, None, problem, from_scratch=True)

@@ -30,6 +30,9 @@ from model.config import ModelError
 STALLED = 10.0
 """A cheap sweep that gains less than this many times `rtol` calls for the assignment of all units."""
 
+FEW = 4
+"""Up to so many levels of the residual side, its order is better improved level by level than all at once."""
+
 HALVING = 0.5
 """What share of its first gain a start is trusted to gain in its second sweep."""
 
@@ -242,11 +245,16 @@ class _Pair:
         return PermutedPair(*fits, orders, loss, Convergence(STORED, (loss,), "max_iter", ()))
 
     def regroup(self, grids: tuple[Grid, Grid]) -> None:
-        """Better orders within the levels of both sides, for fixed second factors, the first ones free."""
-        if self.outer_matters:
+        """Better orders within levels, for fixed second factors, the first ones free.
+
+        A residual side of many levels, hence small groups, is assigned all at once for fixed factors.
+        """
+        if self.shape.m2 > FEW:
+            self.reorder_outer(grids)
+        elif self.outer_matters:
             for grid in grids:
                 grid.regroup_outer()
-                if self.hidden_matters:
+                if self.hidden_matters and grid.is_quick:
                     grid.fit(self.terms)
         if self.hidden_matters:
             for together in [grids] if self.is_shared else [grids[:1], grids[1:]]:

@@ -65,6 +65,11 @@ class Grid:
         """The original column at each place, (m,)."""
         return self._outer.T.reshape(-1).clone()
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether a fit costs next to nothing: one Gram matrix per group is no larger than the matrix."""
+        return self.shape.m2 * self.shape.n2 <= self.shape.n1
+
     def fit(self, terms: int) -> float:
         """Take the second factors of the nearest sum in these orders; returns what that leaves out."""
         s, flat = self.shape, self.rows.flatten(1, 2)  # (G, LQ, M)
@@ -73,7 +78,11 @@ class Grid:
             sizes = right.norm(dim=0)
             vectors, squares = right / torch.where(sizes > 0, sizes, 1.0), sigma.square()
         else:
-            gram = (flat @ flat.mT).sum(dim=0, dtype=torch.float64)
+            if self.is_quick:
+                gram = (flat @ flat.mT).sum(dim=0, dtype=torch.float64)
+            else:
+                lines = flat.transpose(0, 1).flatten(1).double()  # (LQ, GM)
+                gram = lines @ lines.T
             values, vectors = torch.linalg.eigh(gram)
             vectors, squares = vectors.flip(1)[:, :terms], values.flip(0).clamp_min(0)
         self._take(vectors.T.reshape(terms, s.m2, s.n2).to(flat.dtype).contiguous())

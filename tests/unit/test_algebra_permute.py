@@ -78,6 +78,20 @@ def test_history_never_rises_and_the_pair_is_never_worse_than_van_loan(shape, te
         assert torch.equal(again[1], down)
 
 
+def test_many_levels_of_the_residual_side_are_ordered_too():
+    shape, gains = KronShape(2, 4, 6, 3), []
+    for seed in range(4):
+        up, down = normal(seed, 12, 12), normal(seed + 10, 12, 12)
+        found = permuted_kron_pair(up, down, shape, terms=2, seed=seed)
+        inner = permuted_kron_pair(up, down, shape, terms=2, seed=seed, outer=False)
+        gains.append(inner.loss - found.loss)
+        assert all(later < earlier for earlier, later in pairwise(found.convergence.history))
+        new_up, new_down = found.dense()
+        measured = float((up - new_up).square().sum() + (down - new_down).square().sum())
+        assert found.loss == pytest.approx(measured, rel=1e-8)
+    assert sum(gains) > 0
+
+
 def test_the_shared_hidden_order_folds_and_the_outer_ones_are_gathers():
     up, down = pair_of(0)
     bias_up, bias_down, x = normal(3, 12), normal(4, 6), normal(5, 7, 6)

@@ -18,6 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.transforms import Bbox
 
 from analysis.names import is_number, short_count
 from analysis.stats import pareto_front
@@ -96,9 +97,10 @@ def size_quality(scores: pd.DataFrame) -> str:
         _value_scale(axes, [point.value for point in points], accuracy=accuracy)
         axes.margins(x=0.16, y=0.14)
         axes.grid(visible=True, which="major")
-        named = [point for point in points if point.is_dense or point in leading]
-        _names(axes, points if len(points) <= CROWD else named)
         legend(axes)
+        best_first = sorted(points, key=lambda point: -point.value if accuracy else point.value)
+        named = [point for point in best_first if point.is_dense or point in leading]
+        _names(axes, best_first if len(points) <= CROWD else named, points)
         return svg(figure)
 
 
@@ -225,28 +227,37 @@ def _front(
     return [point for point, is_on in zip(points, front, strict=True) if is_on]
 
 
-def _names(axes: Axes, points: Sequence[Point]) -> None:
-    """Names beside the points; of two that would collide, the second goes to the left, others above."""
-    taken: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: (point.size, point.value)):
+def _names(axes: Axes, points: Sequence[Point], everyone: Sequence[Point]) -> None:
+    """Names beside the points where there is room, the best first; colour and shape tell the method too."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "axes of a figure"
+    figure.draw_without_rendering()  # the layout, and so what a point is in pixels
+    taken: list[Bbox] = []
+    for point in everyone:
         x, y = axes.transData.transform((point.size, point.value))
-        near = sum(abs(y - b) < 14 and abs(x - a) < 110 for a, b in taken)
-        taken.append((x, y))
-        offset, side = {0: ((9, 0), "left"), 1: ((-9, 0), "right")}.get(
-            near, ((0, 5 + 10 * (near - 1)), "center")
-        )
-        axes.annotate(
-            point.name,
-            (point.size, point.value),
-            xytext=offset,
-            textcoords="offset points",
-            ha=side,
-            va="center",
-            fontsize=9,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
-            zorder=4,
-        )
+        taken.append(Bbox.from_extents(x - 7, y - 7, x + 7, y + 7))
+    for point in points:
+        place = axes.transData.transform((point.size, point.value))
+        for offset, side in (((9, 0), "left"), ((-9, 0), "right"), ((0, -14), "center"), ((0, 14), "center")):
+            name = axes.annotate(
+                point.name,
+                (point.size, point.value),
+                xytext=offset,
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=9,
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+                zorder=4,
+            )
+            box = name.get_window_extent()
+            others = [each for each in taken if not each.contains(*place)]
+            is_inside = axes.bbox.xmin <= box.xmin and box.xmax <= axes.bbox.xmax
+            if is_inside and not any(box.overlaps(each) for each in others):
+                taken.append(box)
+                break
+            name.remove()
 
 
 def _value_scale(axes: Axes, values: Sequence[float], *, accuracy: bool) -> None:

@@ -108,7 +108,7 @@ def test_the_operator_is_sound_for_the_compiler():
     opcheck(torch.ops.krony.narrow_mlp, arguments)
 
 
-@pytest.mark.parametrize("reason", ["few", "mode", "order", "hook", "gelu", "wide"])
+@pytest.mark.parametrize("reason", ["few", "mode", "order", "hook", "gelu", "wide", "exact"])
 def test_a_layer_that_is_wanted_by_itself_is_called_by_itself(reason):
     mlp = block_of(q=4 if reason != "wide" else 96)
     x = torch.randn(8 if reason == "few" else TOKENS, WIDTH)
@@ -119,6 +119,8 @@ def test_a_layer_that_is_wanted_by_itself_is_called_by_itself(reason):
         mlp.c_proj.order = "a_first"
     if reason == "gelu":
         gelu = "none"
+    if reason == "exact":
+        mlp, x = mlp.double(), x.double()
     heard = []
     if reason == "hook":
         mlp.c_proj.register_forward_hook(lambda *_: heard.append(1))

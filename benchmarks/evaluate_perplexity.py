@@ -88,7 +88,7 @@ def main() -> None:
         sides[f"dense {name}"] = ours(dense, sequence, batch=options.batch, half=half)
         sides[f"compressed {name}"] = ours(small, sequence, batch=options.batch, half=half)
     losses = {name: round(run(), 6) for name, run in sides.items()}  # warms up as well
-    took = take_turns(sides, rounds=options.rounds, device=options.device)
+    took = take_turns(sides, rounds=options.rounds, device=options.device).seconds
     against = {name: f"transformers {name.split()[1]}" for name in sides}
     ratios = {name: Spread.of_ratio(took[other], took[name]) for name, other in against.items()}
     ratios["dense bf16 over transformers fp32"] = Spread.of_ratio(

@@ -128,7 +128,7 @@ def main() -> None:
                 run()
                 run()
             rounds = options.rounds if tokens > 1 else 50 * options.rounds
-            took = take_turns({name: partial(run) for name, run in sides.items()}, rounds=rounds)
+            took = take_turns({name: partial(run) for name, run in sides.items()}, rounds=rounds).seconds
             for name, times in took.items():
                 ratio = Spread.of_ratio(took["dense"], times)
                 milliseconds = 1000 * Spread.quartiles(times).middle

@@ -9,6 +9,7 @@ Paths in a file are relative to it.
 import copy
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -149,6 +150,7 @@ def validate(table: Mapping[str, Any], *, source: str) -> RunConfig:
     """A mapping as a RunConfig; raises ConfigError for unknown keys, wrong types and impossible values."""
     if "sweep" in table:
         raise ConfigError(f"{source}: has a [sweep] section; it is for `krony sweep {source}`")
+    require_finite(table, source=source)
     named = {key: with_name(key, value) for key, value in table.items()}
     try:
         return _ADAPTER.validate_json(json.dumps(named))
@@ -162,6 +164,18 @@ def validate(table: Mapping[str, Any], *, source: str) -> RunConfig:
         raise ConfigError(
             f"{source}: {err}; dates and other TOML types without a JSON form have no use here"
         ) from err
+
+
+def require_finite(value: Any, *, source: str, path: str = "") -> None:
+    """Raise ConfigError for the first `nan` or `inf` below `path`: TOML has them, no setting means them."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            require_finite(each, source=source, path=f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for each in value:
+            require_finite(each, source=source, path=path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{source}: {path}={value} is wrong; expected a finite number")
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

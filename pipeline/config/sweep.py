@@ -15,7 +15,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from model.marks import NOT_IDENTITY
-from pipeline.config.load import UNIONS, explain, flag_table, merge, read_toml, validate, with_name
+from pipeline.config.load import (
+    UNIONS,
+    explain,
+    flag_table,
+    merge,
+    read_toml,
+    require_finite,
+    validate,
+    with_name,
+)
 from pipeline.config.paths import known_paths, landing, lay, require_path
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError
@@ -208,6 +217,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = ()) -> SweepStudy:
 
 
 def _sweep(table: Mapping[str, Any], *, source: str) -> SweepConfig:
+    require_finite(table, source=source, path="sweep")
     try:
         return _ADAPTER.validate_json(json.dumps(table))
     except ValidationError as err:

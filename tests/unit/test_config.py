@@ -29,6 +29,8 @@ def write(folder: Path, name: str, text: str) -> Path:
         (["--train.max-step", "3"], "unknown key 'train.max_step'; did you mean 'max_steps'?"),
         (["--train.max-steps", "x"], "train.max_steps='x' is wrong; expected a valid integer"),
         (["--train.lr=fast"], "train.lr='fast' is wrong; expected a valid number"),
+        (["--train.lr=nan"], "train.lr=nan is wrong; expected a finite number"),
+        (["--teacher.train.lr=-inf"], "teacher.train.lr=-inf is wrong; expected a finite number"),
         (["--teacher.n-layer", "true"], "teacher.n_layer=True is wrong; expected a valid integer"),
         (["--sed", "1"], "unknown key 'sed'"),
         (["--method.name", "kron_v"], "did you mean 'kron_vl'?"),

@@ -65,7 +65,7 @@ def sweep(folder: Path, text: str, *flags: str) -> SweepStudy:
         ('[sweep]\nsearch = "tpe"', "set sweep.samples to at least 1"),
         ("[sweep]\nsamples = 3", "is for sweep.search"),
         ("[sweep]\nsilence_s = 0.0", "sweep.silence_s=0 above 0"),
-        ('[sweep.axes]\n"train.lr" = [1e-3, inf]', r"sweep\.axes\.train\.lr=inf is wrong"),
+        ('[sweep.axes]\n"train.lr" = [1e-3, inf]', "sweep.axes.train.lr=inf is wrong"),
         ('[sweep.stop]\nname = "ash"', "sweep.stop.name='ash' is wrong; expected 'asha'"),
         ("[sweep.stop]\nreduction = 1", "at least 2"),
         ('[[sweep.skip]]\n"method.shap" = [8, 8]', "did you mean 'method.shape'?"),

@@ -1,6 +1,6 @@
 """The MLP of a compressed block against the dense one: forward and backward, or one token, by turns.
 
-    python -m benchmarks.mlp [--tokens 4096 16 1] [--dtypes fp32 bf16] [--rounds 9] [--csv mlp.csv]
+    python -m benchmarks.mlp [--tokens 4096 16 1] [--dtypes fp32 bf16] [--device cpu] [--csv mlp.csv]
 
 Width 768, 4,096 tokens unless said. Sides, in one process and in turns: `dense` (two `nn.Linear` and torch's
 GELU), each shape as our models run it, `kept` (the same multiplied out beforehand, for one token), and
@@ -13,7 +13,6 @@ import argparse
 import csv
 import platform
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,20 +71,21 @@ class Original(nn.Module):
         return formed
 
 
-def action(mlp: nn.Module, tokens: int, *, half: bool) -> Callable[[], None]:
+def action(mlp: nn.Module, tokens: int, *, half: bool, device: str = "cpu") -> Callable[[], None]:
     """One training pass over so many tokens, or one forward pass of a single one."""
-    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
-    grad = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+    grad = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    mlp.to(device)
 
     def infer() -> None:
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             mlp(x)
 
     def train() -> None:
         mlp.zero_grad(set_to_none=True)
         rows = x.requires_grad_()
         rows.grad = None
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             out = mlp(rows)
         out.backward(grad.to(out.dtype))
 
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16, 1])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="sides whose name has this in it; dense is always there")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
@@ -120,7 +121,7 @@ def main() -> None:
         for dtype in options.dtypes:
             mlps = sides_at(tokens)
             sides = {
-                name: action(mlp, tokens, half=dtype == "bf16")
+                name: action(mlp, tokens, half=dtype == "bf16", device=options.device)
                 for name, mlp in mlps.items()
                 if name == "dense" or options.only in name
             }
@@ -128,7 +129,7 @@ def main() -> None:
                 run()
                 run()
             rounds = options.rounds if tokens > 1 else 50 * options.rounds
-            took = take_turns({name: partial(run) for name, run in sides.items()}, rounds=rounds).seconds
+            took = take_turns(sides, rounds=rounds, device=options.device).seconds
             for name, times in took.items():
                 ratio = Spread.of_ratio(took["dense"], times)
                 milliseconds = 1000 * Spread.quartiles(times).middle

@@ -51,6 +51,7 @@ def pytest_configure() -> None:
     (SCRATCH / "home").mkdir()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers a file stays together, and the whole of tests/cluster: one Ray after the other."""
     for item in items:

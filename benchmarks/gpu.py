@@ -1,0 +1,166 @@
+"""Everything that waits for a GPU, in one command of at most eight minutes, each part written as it is found.
+
+    python -m benchmarks.gpu --out gpu.json [--minutes 8] [--device cuda] [--layers 12]
+
+First whether the layers are right there (fp32 without TF32 and bf16, against the dense matrix they stand for,
+gradients too), then the MLP alone (S1, S2), one token (S3), whole training steps compiled and not, with the
+share of the card's peak (S4, S5), attention and cross-entropy each in two ways, and decoding of an export
+(S12). Plain torch, no Ray. `--device cpu --layers 1 --rows 1` tries the script itself.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import model.gpt2
+from benchmarks import training_step
+from benchmarks.mlp import SHAPES, action, dense_mlp, kron_mlp
+from model.layers.structured import set_mode
+from pipeline.evaluate.turns import Spread, take_turns
+
+AGREE = {"fp32": 1e-4, "bf16": 3e-2}
+"""Largest relative error against the materialised layers in fp32."""
+
+
+def correctness(device: str) -> dict[str, Any]:
+    """Relative error of output and gradients of every shape; raises if one is not right."""
+    found: dict[str, Any] = {}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for name, shape in SHAPES.items():
+        mlp = kron_mlp(*shape).to(device)
+        x = torch.randn(512, training_step.WIDTH, device=device)
+        truth = _results(mlp, x, mode="materialize", half=False)
+        for dtype in ("fp32", "bf16"):
+            mine = _results(mlp, x, mode="factored", half=dtype == "bf16")
+            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(mine, truth, strict=True)]
+            found[f"{name} {dtype}"] = max(errors)
+            if max(errors) > AGREE[dtype]:
+                raise SystemExit(f"{name} {dtype} on {device}: relative error {max(errors):.2e}")
+    return found
+
+
+def _results(mlp: torch.nn.Module, x: torch.Tensor, *, mode: Any, half: bool) -> list[torch.Tensor]:
+    set_mode(mlp, mode)
+    mlp.zero_grad()
+    rows = x.clone().requires_grad_()
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
+        out = mlp(rows)
+    out.float().square().sum().backward()
+    assert rows.grad is not None
+    return [out.detach(), rows.grad, *(p.grad for p in mlp.parameters() if p.grad is not None)]
+
+
+def mlps(device: str, *, tokens: int, compiled: bool) -> dict[str, Any]:
+    """How many times as fast as the dense MLP each shape is, in bf16."""
+    built = {"dense": dense_mlp(), **{name: kron_mlp(*shape) for name, shape in SHAPES.items()}}
+    sides: dict[str, Callable[[], None]] = {}
+    for name, mlp in built.items():
+        run = torch.compile(mlp) if compiled else mlp
+        sides[name] = action(run, tokens, half=True, device=device)  # type: ignore[arg-type]
+    for run in sides.values():
+        run()
+        run()
+    took = take_turns(sides, rounds=30, seconds=20.0, fewest=3, device=device).seconds
+    return {name: _ratio(took["dense"], times) for name, times in took.items()}
+
+
+def steps(device: str, *, layers: int, rows: int, compiled: bool, rounds: int) -> list[dict[str, Any]]:
+    """Whole training steps of dense, 67M, 81M and 96M."""
+    built = {
+        name: training_step.step_of(spec, rows=rows, device=device, compiled=compiled)
+        for name, spec in training_step.specs(layers, ["67M", "81M", "96M"]).items()
+    }
+    peak = training_step.H200_PEAK
+    return list(training_step.measure(built, rows=rows, rounds=rounds, device=device, peak=peak))
+
+
+def two_ways(device: str, *, layers: int, rows: int) -> dict[str, Any]:
+    """The dense step with flash or plain attention, and with logits made whole or in pieces."""
+    spec = training_step.specs(layers, [])["dense"]
+    whole = training_step.step_of(spec, rows=rows, device=device, compiled=False)
+
+    def plain() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            whole.run()
+
+    def pieces() -> None:
+        usual = model.gpt2.chunked_cross_entropy_sum
+        model.gpt2.chunked_cross_entropy_sum = partial(usual, max_logits=2**24)
+        try:
+            whole.run()
+        finally:
+            model.gpt2.chunked_cross_entropy_sum = usual
+
+    sides = {"usual": whole.run, "plain attention": plain, "logits in small pieces": pieces}
+    for run in sides.values():
+        run()
+    took = take_turns(sides, rounds=10, seconds=20.0, fewest=3, device=device).seconds
+    return {name: _ratio(took["usual"], times) for name, times in took.items()}
+
+
+def decoding(device: str, *, layers: int) -> Any:
+    """An exported model against dense, both opened by transformers, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.decode_export", "--device", device, "--tokens", "32"]
+    done = subprocess.run([*command, "--layers", str(layers)], capture_output=True, text=True, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else done.stderr[-2000:]
+
+
+def _ratio(above: Any, below: Any) -> dict[str, float]:
+    found = Spread.of_ratio(above, below)
+    return {
+        "ms": 1000 * Spread.quartiles(below).middle,
+        "times": found.middle,
+        "low": found.low,
+        "high": found.high,
+    }
+
+
+def main() -> None:
+    """Run the parts in their order while there is time; write all that is known after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=32, help="rows of 1,024 tokens per training step")
+    options = parser.parse_args()
+    device, layers, rows = options.device, options.layers, options.rows
+    parts: dict[str, Callable[[], Any]] = {
+        "correctness": lambda: correctness(device),
+        "step, compiled": lambda: steps(device, layers=layers, rows=rows, compiled=True, rounds=20),
+        "MLP, 16,384 tokens, compiled": lambda: mlps(device, tokens=16_384, compiled=True),
+        "MLP, 16,384 tokens": lambda: mlps(device, tokens=16_384, compiled=False),
+        "MLP, one token": lambda: mlps(device, tokens=1, compiled=False),
+        "decoding of an export": lambda: decoding(device, layers=layers),
+        "step": lambda: steps(device, layers=layers, rows=rows, compiled=False, rounds=10),
+        "two ways": lambda: two_ways(device, layers=layers, rows=rows),
+    }
+    place = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    found: dict[str, Any] = {"device": place, "torch": torch.__version__, "layers": layers, "rows": rows}
+    began = time.perf_counter()
+    for name, part in parts.items():
+        if time.perf_counter() - began > 60 * options.minutes:
+            found[name] = "no time left"
+            continue
+        start = time.perf_counter()
+        try:
+            found[name] = part()
+        except (RuntimeError, torch.OutOfMemoryError) as err:  # the other parts are worth their time
+            found[name] = f"failed: {err}"
+        found.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
+        options.out.write_text(json.dumps(found, indent=1))
+        print(f"{name}: {found['seconds'][name]} s", flush=True)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

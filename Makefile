@@ -12,7 +12,7 @@ run: bootstrap  ## the whole chain, corpus to table; CONFIG=configs/… ARGS=--p
 	@$(BIN)/krony run $(CONFIG) $(ARGS)
 
 test: lint      ## everything that must hold before a change lands; ARGS="-k topic" for a part
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: bootstrap ## style, format, types, layers
 	@$(BIN)/ruff check .

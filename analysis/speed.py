@@ -69,7 +69,8 @@ def _conditions(record: Record) -> dict[str, str]:
     threads = int(said.get("threads", 0))
     protocol = (
         f"{said.get('dtype', '?')}, prefill of {said.get('prompt', '?')} tokens, decoding of "
-        f"{said.get('tokens', '?')} behind {said.get('past', '?')}"
+        f"{said.get('tokens', '?')} behind {said.get('past', '?')}, in batches of "
+        f"{'/'.join(map(str, said.get('batches', ['?'])))}"
     )
     on = "" if said.get("device") == "cuda" else f", {threads} thread{'s' if threads != 1 else ''}"
     return {

@@ -76,7 +76,13 @@ class Versus:
             "measures": [_measure_json(measure) for measure in self.measures],
             "matrix_errors": [asdict(pair) for pair in self.errors],
             "speeds": [
-                {"name": each.name, "place": each.a["place"], "a": each.a["ratio"], "b": each.b["ratio"]}
+                {
+                    "name": each.name,
+                    "place": each.a["place"],
+                    "protocol": each.a["protocol"],
+                    "a": each.a["ratio"],
+                    "b": each.b["ratio"],
+                }
                 for each in self.speeds
             ],
             "problems": self.problems,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jobs import cli
 from pipeline.config.arguments import parse
+from pipeline.errors import KronyError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Work.on(
         arguments.study.first, force=frozenset(KINDS if arguments.force else ()), quiet=arguments.quiet
     )
+    for config in arguments.study.configs:
+        stages.require_speed(work.variant(config))
     with session():
         stages.tokens(work)
         addresses = [s.record.address for s in stages.scores(work, of_teacher=True).values()]
         for config in arguments.study.configs:
             addresses += [s.record.address for s in stages.scores(work.variant(config)).values()]
         swept = [run_sweep(sweep, quiet=arguments.quiet) for sweep in sweeps]
+    failed: KronyError | None = None
     for config in arguments.study.configs:
-        if config.speed.enabled:  # now that Ray is gone
-            stages.speed(work.variant(config))
+        try:
+            if config.speed.enabled:  # now that Ray is gone
+                stages.speed(work.variant(config))
+        except KronyError as err:  # all else is done: it shall be in the report
+            failed = failed or err
     addresses += [address for artifact in swept for address in scores_of(artifact)]
     from analysis.report import write_report
 
@@ -54,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nreport    {report.html}\n          {report.markdown}", flush=True)
     if uri := resolve_uri(config.tracking.uri, store=config.store):
         print(f"mlflow    {ui_command(uri)}")
+    if failed:
+        raise failed
     return int(any(artifact.record.metrics["failed"] for artifact in swept))
 
 

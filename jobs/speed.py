@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     force = frozenset({"speed"} if arguments.force else ())
     work = Work.on(arguments.study.first, force=force, quiet=arguments.quiet)
     variants = [work.variant(config) for config in arguments.study.configs]
+    for each in variants:
+        stages.require_speed(each)
     with session():
         for each in variants:
             stages.model(each)

@@ -189,6 +189,14 @@ def scores(work: Work, *, of_teacher: bool = False) -> Mapping[str, Artifact]:
     return result
 
 
+def require_speed(work: Work) -> None:
+    """Raise PreflightError if the device of `speed` is not there: before anything is built."""
+    if work.config.speed.enabled:
+        from pipeline.evaluate.speed import require_device
+
+        require_device(work.config.speed)
+
+
 def speed(work: Work) -> Artifact:
     """Speed and memory of the compressed model against its teacher, measured here and now."""
     identity = speed_identity(work.config, work.chain.model, work.chain.teacher)

@@ -158,13 +158,13 @@ class EvalConfig:
     texts: str = ""
     """Folder with local evaluation texts; empty lets `datasets` fetch pinned revisions."""
 
-    tasks: str = ""
+    tasks: str = field(default="", metadata=NOT_IDENTITY)
     """Folder with task files of lm-evaluation-harness, for `lm_eval/<task>`; empty: its own tasks alone."""
 
     max_tokens: int = 0
     """Read only the first tokens of each text, and say so in the protocol's id (`@first…`); 0 reads all."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = field(default="fp32", metadata=UNLESS_DEFAULT)
     """What models compute in; with `bf16` the protocol's id says so (`@bf16`), and it is another column."""
 
     batch: int = field(default=8, metadata=NOT_IDENTITY)

@@ -100,7 +100,8 @@ def _right(
     *,
     metric: str,
 ) -> Scores:
-    answers = [float(sample[metric]) for sample in samples]
+    given = [sample[metric] for sample in samples]
+    answers = [float(each) if isinstance(each, bool | int | float) else math.nan for each in given]
     count, value = len(answers), results[metric]
     if not set(answers) <= {0.0, 1.0} or not math.isclose(value, sum(answers) / count):
         raise EvaluateError(

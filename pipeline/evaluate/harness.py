@@ -32,6 +32,7 @@ from pipeline.evaluate.tasks import (
     harness_version,
     is_group,
     own_task_file,
+    require_known_version,
     task_file,
     write_bound,
 )
@@ -54,12 +55,12 @@ class KronyLM(TemplateLM):  # type: ignore[misc]  # the harness has no type info
     """
 
     def __init__(
-        self, model: GPT2, encoding: tiktoken.Encoding, *, batch: int, name: str, quiet: bool
+        self, model: GPT2, encoding: tiktoken.Encoding, *, batch: int, window: int, name: str, quiet: bool
     ) -> None:
-        """`name` is the protocol's, for the progress line; the model stays on its device."""
+        """`window` and `name` are the protocol's; the model stays on its device."""
         super().__init__()
         self._model, self._encoding, self._batch = model, encoding, batch
-        self._progress = (name, quiet)
+        self._progress, self._window = (name, quiet), window
         self._device = next(model.parameters()).device
         self.ids: list[int] = []
         """Everything that was read, in the order of the documents."""
@@ -75,8 +76,8 @@ class KronyLM(TemplateLM):  # type: ignore[misc]  # the harness has no type info
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model sees at once."""
-        return self._model.spec.arch.n_ctx
+        """Tokens that the protocol lets the model see at once."""
+        return self._window
 
     def tok_encode(self, string: str, **_: Any) -> list[int]:
         """Tokens of a text; GPT-2 puts none of its own around it."""
@@ -132,7 +133,13 @@ class KronyLM(TemplateLM):  # type: ignore[misc]  # the harness has no type info
                 f"{self._progress[0]}: the task draws its answers; only greedy ones are comparable"
             )
         stops = [stop for stop in handle_stop_sequences(options.get("until"), eos=None) if stop]
-        room = min(int(options["max_gen_toks"]), self.max_length - 1)
+        room = int(options["max_gen_toks"])
+        if room >= self.max_length:
+            raise EvaluateError(
+                f"{self._progress[0]}: the task asks for up to {room:,} tokens, the model sees "
+                f"{self.max_length:,} in all; set max_gen_toks in a task file of yours, or "
+                "evaluate a model with a longer context"
+            )
         ids = self.tok_encode(context)[-(self.max_length - room) :] or [self.eot_token_id]
         self.ids += ids
         self.scored.append(0)
@@ -189,14 +196,18 @@ def evaluate_task(
     The value is the perplexity per word, or the share of right answers; all that the harness says of the task
     stands in the settings.
     """
-    lm = KronyLM(model, encoding, batch=batch, name=protocol.id, quiet=quiet)
+    lm = KronyLM(model, encoding, batch=batch, window=protocol.window, name=protocol.id, quiet=quiet)
     hub_without_bars()
     with _quiet_harness(), TemporaryDirectory(prefix="krony-lm-eval-") as folder:
         asked = _load(task, Path(folder))
         if asked.get_config("num_fewshot") is None:
             asked.set_config(key="num_fewshot", value=0)
         asked.set_fewshot_seed(seed=FEWSHOT_SEED)
-        found = evaluate(lm, {"tasks": {task.name: asked}, "groups": {}}, bootstrap_iters=0)
+        try:
+            found = evaluate(lm, {"tasks": {task.name: asked}, "groups": {}}, bootstrap_iters=0)
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as err:
+            raise EvaluateError(f"{protocol.id}: the harness cannot run this task here: {err}") from err
+    require_known_version(task, found["versions"][task.name])
     settings = {
         "lm_eval": harness_version(),
         "task_version": found["versions"][task.name],

@@ -27,7 +27,7 @@ from pipeline.compress.folders import check_logits
 from pipeline.compress.load import load_model
 from pipeline.compress.served import serve
 from pipeline.config.speed import FEWEST_ROUNDS, SpeedConfig
-from pipeline.errors import PreflightError
+from pipeline.errors import EvaluateError, PreflightError
 from pipeline.evaluate.memory import Load, Weights, cuda_peak, resident_peaks
 from pipeline.evaluate.turns import Action, Decoding, Spread, Turns, take_turns
 from pipeline.progress import Progress, say
@@ -83,8 +83,7 @@ def speed_artifact(
     Raises PreflightError if the device is not there, CompressError if a side does not give the logits of the
     model that it stands for, EvaluateError if memory runs out.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise PreflightError("speed.device='cuda' is not there; choose 'cpu'")
+    require_device(config)
     compressed, dense = load_model(model), load_model(teacher)
     models: dict[Side, GPT2] = {"dense": dense, "factored": compressed, "materialised": to_dense(compressed)}
     load = Load(
@@ -95,10 +94,16 @@ def speed_artifact(
         dtype=config.dtype,
         threads=config.threads,
     )
-    with _threads(config.threads):
-        networks = _networks(models, config, where=model.record.address)
-        took = _turns(networks, config, load, quiet=quiet)
-        peaks = _memory(networks, config, load, model=model, teacher=teacher, quiet=quiet)
+    try:
+        with _threads(config.threads):
+            networks = _networks(models, config, where=model.record.address)
+            took = _turns(networks, config, load, quiet=quiet)
+            peaks = _memory(networks, config, load, model=model, teacher=teacher, quiet=quiet)
+    except torch.OutOfMemoryError as err:
+        raise EvaluateError(
+            f"{model.record.address}: no memory for speed.batches={list(config.batches)} and "
+            f"speed.prompt={load.prompt}; lower them"
+        ) from err
     figures = [*_speeds(took, load.prompt), *_bytes("memory", peaks)]
     figures += _bytes("checkpoint", _checkpoints(model, teacher))
     spec = compressed.spec
@@ -116,6 +121,12 @@ def speed_artifact(
             },
             settings={"place": place(config.device), "seconds": config.seconds, "rounds": config.rounds},
         )
+
+
+def require_device(config: SpeedConfig) -> None:
+    """Raise PreflightError if the device is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise PreflightError("speed.device='cuda' is not there; choose 'cpu'")
 
 
 def place(device: Literal["cpu", "cuda"]) -> dict[str, str | int]:

@@ -26,6 +26,9 @@ _FILES: Mapping[str, str] = {
 }
 """Where the harness keeps the tasks that are bound to our texts."""
 
+VERSIONS: Mapping[str, float] = {"lambada_openai": 1.0, "lambada_standard": 1.0, "wikitext": 2.0}
+"""What the harness calls the definitions that our protocols of these names mean."""
+
 _GROUP = re.compile(r"^group:", re.MULTILINE)
 
 
@@ -65,6 +68,18 @@ def text_identity(protocol: Protocol, folder: str) -> str:
     if folder and task_file(protocol.task, folder):
         return _digest(Path(folder).expanduser())
     return f"lm_eval {harness_version()}"
+
+
+def require_known_version(task: HarnessTask, version: object) -> None:
+    """Raise EvaluateError if the harness asks otherwise than the protocol says that bears its name.
+
+    Only for tasks on our texts: of others the address holds the files, or the version of the harness.
+    """
+    if task.text is not None and version != VERSIONS[task.name]:
+        raise EvaluateError(
+            f"lm_eval/{task.name} is version {VERSIONS[task.name]} of the task, the installed harness has "
+            f"{version}: install lm-eval 0.4.13"
+        )
 
 
 def task_file(name: str, folder: str) -> Path | None:
@@ -149,7 +164,7 @@ def own_folder() -> Path:
 def _defining(name: str, root: Path) -> Path | None:
     named = re.compile(rf"^(task|group):\s*['\"]?{re.escape(name)}['\"]?\s*(#.*)?$", re.MULTILINE)
     for path in sorted(root.rglob("*.yaml")):
-        if named.search(path.read_text(encoding="utf-8")):
+        if named.search(path.read_text(encoding="utf-8", errors="replace")):
             return path
     return None
 

@@ -155,9 +155,17 @@ def test_what_cannot_change_a_result_is_not_identity() -> None:
         ["--train.micro-batch", "1"],
         ["--store", "/x"],
         ["--eval.batch", "3"],
+        ["--eval.tasks", "/x"],
     ):
         assert identity_fields(load_study(None, overrides=flags).first) == identity_fields(first)
     assert identity_fields(load_study(None, overrides=["--train.lr", "1"]).first) != identity_fields(first)
+
+
+def test_settings_that_came_later_fork_no_address_of_before() -> None:
+    before = {"protocols": ["corpus/val"], "texts": "", "max_tokens": 0}
+    assert identity_fields(RunConfig().eval) == before
+    half = load_study(None, overrides=["--eval.precision", "bf16"]).first
+    assert identity_fields(half.eval) == before | {"precision": "bf16"}
 
 
 def test_the_command_line_knows_its_options_from_config_fields(tmp_path: Path) -> None:

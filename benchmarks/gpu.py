@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in one command of at most eight minutes, each part written as it is found.
+"""Everything that waits for a GPU, in one command; no part is begun after eight minutes.
 
     python -m benchmarks.gpu --out gpu.json [--minutes 8] [--device cuda] [--layers 12]
 
@@ -32,7 +32,7 @@ AGREE = {"fp32": 1e-4, "bf16": 3e-2}
 
 
 def correctness(device: str) -> dict[str, Any]:
-    """Relative error of output and gradients of every shape; raises if one is not right."""
+    """Relative error of output and gradients of every shape, and whether all are within `AGREE`."""
     found: dict[str, Any] = {}
     torch.backends.cuda.matmul.allow_tf32 = False
     for name, shape in SHAPES.items():
@@ -43,8 +43,7 @@ def correctness(device: str) -> dict[str, Any]:
             mine = _results(mlp, x, mode="factored", half=dtype == "bf16")
             errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(mine, truth, strict=True)]
             found[f"{name} {dtype}"] = max(errors)
-            if max(errors) > AGREE[dtype]:
-                raise SystemExit(f"{name} {dtype} on {device}: relative error {max(errors):.2e}")
+            found["right"] = found.get("right", True) and max(errors) <= AGREE[dtype]
     return found
 
 
@@ -69,7 +68,7 @@ def mlps(device: str, *, tokens: int, compiled: bool) -> dict[str, Any]:
     for run in sides.values():
         run()
         run()
-    took = take_turns(sides, rounds=30, seconds=20.0, fewest=3, device=device).seconds
+    took = take_turns(sides, rounds=30, seconds=20.0, fewest=6, device=device).seconds
     return {name: _ratio(took["dense"], times) for name, times in took.items()}
 
 
@@ -79,12 +78,17 @@ def steps(device: str, *, layers: int, rows: int, compiled: bool, rounds: int) -
         name: training_step.step_of(spec, rows=rows, device=device, compiled=compiled)
         for name, spec in training_step.specs(layers, ["67M", "81M", "96M"]).items()
     }
-    peak = training_step.H200_PEAK
-    return list(training_step.measure(built, rows=rows, rounds=rounds, device=device, peak=peak))
+    found = training_step.measure(
+        built, rows=rows, rounds=rounds, device=device, peak=training_step.H200_PEAK
+    )
+    built.clear()
+    return [
+        dict(row) for row in training_step.with_memory(found, layers=layers, rows=rows, compiled=compiled)
+    ]
 
 
 def two_ways(device: str, *, layers: int, rows: int) -> dict[str, Any]:
-    """The dense step with flash or plain attention, and with logits made whole or in pieces."""
+    """The dense step with flash or plain attention, and logits whole, in pieces of 2^27 (usual) or 2^24."""
     spec = training_step.specs(layers, [])["dense"]
     whole = training_step.step_of(spec, rows=rows, device=device, compiled=False)
 
@@ -92,25 +96,28 @@ def two_ways(device: str, *, layers: int, rows: int) -> dict[str, Any]:
         with sdpa_kernel(SDPBackend.MATH):
             whole.run()
 
-    def pieces() -> None:
+    def at_most(max_logits: int) -> None:
         usual = model.gpt2.chunked_cross_entropy_sum
-        model.gpt2.chunked_cross_entropy_sum = partial(usual, max_logits=2**24)
+        model.gpt2.chunked_cross_entropy_sum = partial(usual, max_logits=max_logits)
         try:
             whole.run()
         finally:
             model.gpt2.chunked_cross_entropy_sum = usual
 
-    sides = {"usual": whole.run, "plain attention": plain, "logits in small pieces": pieces}
+    sides = {"usual": whole.run, "plain attention": plain}
+    sides |= {"logits whole": partial(at_most, 2**40), "logits in small pieces": partial(at_most, 2**24)}
     for run in sides.values():
         run()
-    took = take_turns(sides, rounds=10, seconds=20.0, fewest=3, device=device).seconds
+    took = take_turns(sides, rounds=10, seconds=20.0, fewest=6, device=device).seconds
     return {name: _ratio(took["usual"], times) for name, times in took.items()}
 
 
 def decoding(device: str, *, layers: int) -> Any:
     """An exported model against dense, both opened by transformers, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.decode_export", "--device", device, "--tokens", "32"]
-    done = subprocess.run([*command, "--layers", str(layers)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--layers", str(layers)], capture_output=True, text=True, check=False, timeout=180
+    )
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr[-2000:]
 
 
@@ -127,13 +134,16 @@ def _ratio(above: Any, below: Any) -> dict[str, float]:
 def main() -> None:
     """Run the parts in their order while there is time; write all that is known after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rows", type=int, default=32, help="rows of 1,024 tokens per training step")
     options = parser.parse_args()
     device, layers, rows = options.device, options.layers, options.rows
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: nothing was measured")
+        return
     parts: dict[str, Callable[[], Any]] = {
         "correctness": lambda: correctness(device),
         "step, compiled": lambda: steps(device, layers=layers, rows=rows, compiled=True, rounds=20),
@@ -154,12 +164,14 @@ def main() -> None:
         start = time.perf_counter()
         try:
             found[name] = part()
-        except (RuntimeError, torch.OutOfMemoryError) as err:  # the other parts are worth their time
-            found[name] = f"failed: {err}"
+        except Exception as err:  # noqa: BLE001 - the other parts are worth their time
+            found[name] = f"failed: {type(err).__name__}: {err}"
         found.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
         options.out.write_text(json.dumps(found, indent=1))
         print(f"{name}: {found['seconds'][name]} s", flush=True)
     print(json.dumps(found, indent=1))
+    if not (isinstance(found["correctness"], dict) and found["correctness"]["right"]):
+        raise SystemExit("the layers are not right on this device: see `correctness`")
 
 
 if __name__ == "__main__":

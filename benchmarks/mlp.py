@@ -13,6 +13,7 @@ import argparse
 import csv
 import platform
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -67,8 +68,7 @@ class Original(nn.Module):
     @staticmethod
     def _formed(layer: nn.Module) -> Tensor:
         pairs = zip(layer.left, layer.right, strict=True)
-        formed: Tensor = sum(torch.kron(a.contiguous(), b.contiguous()) for a, b in pairs)  # type: ignore[assignment]
-        return formed
+        return reduce(torch.add, (torch.kron(a.contiguous(), b.contiguous()) for a, b in pairs))
 
 
 def action(mlp: nn.Module, tokens: int, *, half: bool, device: str = "cpu") -> Callable[[], None]:

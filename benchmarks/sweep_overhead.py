@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?", default=Path("configs/sweeps/overhead.toml"))
     parser.add_argument("--concurrent", default="1,2", help="trials at once, a sweep each")
     parser.add_argument("--keep", type=Path, help="where stores stay; else they are dropped")
     options = parser.parse_args()

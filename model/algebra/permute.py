@@ -117,8 +117,8 @@ def permuted_kron_pair(
     """Kronecker sums of `up` (m, n) and `down` (n, m) in the best orders found, shapes for `up`.
 
     Starts: norm split, the stored order (so never worse than `nearest_kron` on both), and random ones. They
-    take their sweeps in turn; a start is given up when one more sweep as good as its last would leave it
-    behind the best. An order that cannot matter, because a factor has a single row or column there, stays as
+    take their sweeps in turn; a start is given up when gains that shrink on as they did would leave it behind
+    the best. An order that cannot matter, because a factor has a single row or column there, stays as
     stored and needs no gather. Deterministic in the seed. `separate` lets the hidden orders of the two
     differ, which costs one more gather.
     """
@@ -139,7 +139,7 @@ def permuted_kron_pair(
     stored = next(search for search in searches if search.name == STORED)
     found = pair.fit(best.orders, gauge=gauge)
     name, history, stopped = best.name, best.history[:-1], best.stopped or "max_iter"
-    if best is not stored and best.loss > stored.history[0] - 2 * pair.resolution:  # decided by rounding
+    if best.loss > stored.history[0] - 2 * pair.resolution:  # decided by rounding
         plain = pair.fit(pair.stored, gauge=gauge)
         if plain.loss < found.loss:
             found, name, history, stopped = plain, STORED, [], "no_descent"

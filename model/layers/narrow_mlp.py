@@ -61,7 +61,7 @@ def _forward(x: Tensor, A: Tensor, u: Tensor, b: Tensor, D: Tensor, d: Tensor) -
 
 @_forward.register_fake
 def _(x: Tensor, A: Tensor, _u: Tensor, _b: Tensor, D: Tensor, _d: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), D.shape[1]), x.new_empty(len(x), A.shape[1])
+    return x.new_empty(x.shape[0], D.shape[1]), x.new_empty(x.shape[0], A.shape[1])
 
 
 @torch.library.custom_op("krony::narrow_mlp_backward", mutates_args=())
@@ -111,6 +111,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # nobody asks for a gradient of y
     ctx.save_for_backward(*inputs, output[1])
 
 

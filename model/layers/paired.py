@@ -67,5 +67,5 @@ def _is_narrow(up: KroneckerLinear, down: KroneckerLinear) -> bool:
 
 def _is_free(layer: KroneckerLinear, tokens: int) -> bool:
     """Whether nobody asked for, or listens to, this very layer."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks  # noqa: SLF001
-    return not hooked and layer.order == "auto" and layer.resolve_mode(tokens) == "factored"
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)  # noqa: SLF001
+    return not any(hooks) and layer.order == "auto" and layer.resolve_mode(tokens) == "factored"

@@ -85,9 +85,16 @@ def test_under_autocast_the_products_are_bf16_and_the_rest_is_not_worse_than_lay
     mlp = block_of()
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     exact = gradients(mlp, x, lambda x: one_by_one(mlp, x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        together = gradients(mlp, x, mlp)
-        apart = gradients(mlp, x, lambda x: one_by_one(mlp, x))
+
+    def half(call):
+        def run(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return call(x)
+
+        return run
+
+    together = gradients(mlp, x, half(mlp))
+    apart = gradients(mlp, x, half(lambda x: one_by_one(mlp, x)))
     for mine, theirs, truth in zip(together, apart, exact, strict=True):
         mistake, other = ((each.float() - truth).norm() / truth.norm() for each in (mine, theirs))
         assert mistake < 0.03
@@ -144,3 +151,30 @@ def test_only_the_narrow_activation_is_kept_for_the_backward_pass():
         sum(t.numel() for t in kept if t.data_ptr() not in own and t.ndim == 2 and len(t) == TOKENS)
         == TOKENS * WIDTH
     )
+
+
+def test_inside_a_compiled_model_it_stays_one_operator():
+    up = Kron(m1=WIDTH, n1=WIDTH, m2=1, n2=4)
+    arch = GPT2Config(n_layer=2, n_head=2, n_embd=WIDTH, n_ctx=64, vocab_size=50)
+    both = {f"h.{i}.mlp.c_fc": up for i in range(2)} | {
+        f"h.{i}.mlp.c_proj": up.transposed() for i in range(2)
+    }
+    model = GPT2(ModelSpec.dense(arch).with_matrices(both)).init_weights(seed=0)
+    idx = torch.randint(50, (2, 64), generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(idx, idx), model(idx, idx))
+    assert sum("narrow_mlp" in name for name in seen) == 2
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for call in (whole, model):
+        model.zero_grad()
+        call(idx, idx).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)

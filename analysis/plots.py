@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -28,6 +30,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 INK, FAINT = "#1a1a1a", "#d0d0d0"
+NAME_PLACES = (
+    *(((9, 0), "left"), ((-9, 0), "right"), ((0, -14), "center"), ((0, 14), "center")),
+    *(((8, -12), "left"), ((-8, -12), "right"), ((8, 12), "left"), ((-8, 12), "right")),
+    *(((8, -24), "left"), ((-8, -24), "right"), ((8, 24), "left"), ((-8, 24), "right")),
+)
+"""Where a name may stand: points to the right and up, and its alignment; the first that is free."""
+
 CROWD = 12
 """Models above which a plot names, or draws in colour, only those that lead."""
 
@@ -228,7 +237,7 @@ def _front(
 
 
 def _names(axes: Axes, points: Sequence[Point], everyone: Sequence[Point]) -> None:
-    """Names beside the points where there is room, the best first; colour and shape tell the method too."""
+    """Names beside the points, the best first, each where it hides least of points and names before."""
     figure = axes.get_figure(root=True)
     assert figure is not None, "axes of a figure"
     figure.draw_without_rendering()  # the layout, and so what a point is in pixels
@@ -238,26 +247,42 @@ def _names(axes: Axes, points: Sequence[Point], everyone: Sequence[Point]) -> No
         taken.append(Bbox.from_extents(x - 7, y - 7, x + 7, y + 7))
     for point in points:
         place = axes.transData.transform((point.size, point.value))
-        for offset, side in (((9, 0), "left"), ((-9, 0), "right"), ((0, -14), "center"), ((0, 14), "center")):
-            name = axes.annotate(
-                point.name,
-                (point.size, point.value),
-                xytext=offset,
-                textcoords="offset points",
-                ha=side,
-                va="center",
-                fontsize=9,
-                color=INK,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
-                zorder=4,
-            )
+        others = [each for each in taken if not each.contains(*place)]
+        tried: list[tuple[float, int, Annotation]] = []
+        for number, (offset, side) in enumerate(NAME_PLACES):
+            name = _name(axes, point, offset, side)
             box = name.get_window_extent()
-            others = [each for each in taken if not each.contains(*place)]
-            is_inside = axes.bbox.xmin <= box.xmin and box.xmax <= axes.bbox.xmax
-            if is_inside and not any(box.overlaps(each) for each in others):
-                taken.append(box)
+            outside = max(0.0, axes.bbox.xmin - box.xmin) + max(0.0, box.xmax - axes.bbox.xmax)
+            hidden = sum(_shared(box, each) for each in others) + outside * box.height
+            tried.append((hidden, number, name))
+            if not hidden:
                 break
-            name.remove()
+        _, _, best = min(tried, key=itemgetter(0, 1))
+        for *_, name in tried:
+            if name is not best:
+                name.remove()
+        taken.append(best.get_window_extent())
+
+
+def _name(axes: Axes, point: Point, offset: tuple[int, int], side: str) -> Annotation:
+    return axes.annotate(
+        point.name,
+        (point.size, point.value),
+        xytext=offset,
+        textcoords="offset points",
+        ha=side,
+        va="center",
+        fontsize=9,
+        color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+        zorder=4,
+    )
+
+
+def _shared(first: Bbox, second: Bbox) -> float:
+    """Pixels that two boxes have in common."""
+    both = Bbox.intersection(first, second)
+    return float(both.width * both.height) if both else 0.0
 
 
 def _value_scale(axes: Axes, values: Sequence[float], *, accuracy: bool) -> None:

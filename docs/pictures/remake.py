@@ -97,7 +97,7 @@ def comparison(sweep: str, *, seed: str) -> str:
     experiments = ask("api/2.0/mlflow/experiments/search", {"max_results": 100}).get("experiments", [])
     everywhere = {"experiment_ids": [each["experiment_id"] for each in experiments], "max_results": 1000}
     runs = ask("api/2.0/mlflow/runs/search", everywhere).get("runs", [])
-    parents = [run for run in runs if run["info"].get("run_name", "").startswith(sweep)]
+    parents = [run for run in runs if run["info"].get("run_name", "") == sweep]
     if not parents:
         raise SystemExit(
             f"no run of a sweep named {sweep!r}; there are {sorted({r['info']['run_name'] for r in runs})}"
@@ -121,4 +121,6 @@ def tag(run: dict[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in (["plot"], ["mlflow"]):
+        raise SystemExit(__doc__)
     {"plot": plot, "mlflow": mlflow}[sys.argv[1]](sys.argv[2:])

@@ -2,6 +2,9 @@
 BIN := .venv/bin
 CONFIG ?= configs/smoke.toml
 ARGS ?=
+# Tests that start Ray or take long have the machine for themselves; all others share it, two files at a time.
+ALONE := $(BIN)/python -m pytest -m "(ray or slow) and not nightly"
+TOGETHER := $(BIN)/python -m pytest -m "not ray and not slow and not nightly" --numprocesses 2 --dist loadfile
 
 .PHONY: help run test lint format bench lock clean bootstrap
 
@@ -12,7 +15,7 @@ run: bootstrap  ## the whole chain, corpus to table; CONFIG=configs/… ARGS=--p
 	@$(BIN)/krony run $(CONFIG) $(ARGS)
 
 test: lint      ## everything that must hold before a change lands; ARGS="-k topic" for a part
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(ALONE) && $(TOGETHER))
 
 lint: bootstrap ## style, format, types, layers
 	@$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Remakes the pictures of the README from a store with real runs, and from what MLflow knows of a sweep.
 
     python docs/pictures/remake.py plot configs/local/sizes.toml [any flag of krony report]
-    python docs/pictures/remake.py mlflow sqlite:///…/mlflow.db shapes-full [--chromium chromium]
+    python docs/pictures/remake.py mlflow sqlite:///runs/mlflow.db main-sweep [--chromium chromium]
 
 `plot` is the size-quality plot of `krony report`, as it is. `mlflow` starts the MLflow server on loopback,
 asks it for the trials of one seed of the named sweep, opens their comparison in headless Chromium and crops
@@ -26,7 +26,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 PORT = 5077
-WINDOW, CHART = (1500, 900), (212, 150, 1100, 560)
+WINDOW, CHART = (1500, 900), (212, 172, 1082, 596)
 """Pixels of the browser, and of the chart in it (left, top, right, bottom)."""
 
 
@@ -56,16 +56,8 @@ def mlflow(words: list[str]) -> None:
     parser.add_argument("--seed", default="0")
     parser.add_argument("--chromium", default="chromium")
     options = parser.parse_args(words)
-    command = [
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        options.uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(PORT),
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", options.uri]
+    command += ["--host", "127.0.0.1", "--port", str(PORT)]
     quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -85,7 +77,7 @@ def mlflow(words: list[str]) -> None:
                 check=True,
                 stderr=subprocess.DEVNULL,
             )
-            picture = Image.open(shot).crop(CHART).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+            picture = Image.open(shot).crop(CHART).convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
             picture.save(HERE / "mlflow-comparison.png", optimize=True)
     finally:
         server.terminate()

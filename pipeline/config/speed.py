@@ -9,8 +9,8 @@ from typing import Literal
 from model.marks import NOT_IDENTITY
 from pipeline.errors import ConfigError
 
-FEWEST_ROUNDS = 5
-"""Made however long they take: fewer have no quartiles."""
+FEWEST_ROUNDS = 6
+"""Made however long they take: the outermost of five hold the median in 94 % of cases, of six in 97 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class SpeedConfig:
     """Most calls of each side for one quantity."""
 
     seconds: float = field(default=3.0, metadata=NOT_IDENTITY)
-    """Longest time for one quantity, warm-up left out; five rounds are made in any case."""
+    """Longest time for one quantity, warm-up left out; six rounds are made in any case."""
 
     def __post_init__(self) -> None:
         if self.prompt < 0 or min(self.past, self.tokens, self.threads) < 1:

@@ -164,7 +164,17 @@ def write_tasks(folder):
     binary = {"doc_to_choice": ["door", "bell"], "doc_to_target": "{{a|length % 2}}"}
     f1 = choice | binary | {"metric_list": [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}]}
     long = written | {"generation_kwargs": {"until": ["."], "do_sample": False}}
-    for name, task in (("choose", choice), ("write", written), ("blend", f1), ("long", long)):
+    unsafe = written | {"unsafe_code": True}
+    nowhere = choice | {"dataset_kwargs": {"data_files": {"test": str(folder / "absent.jsonl")}}}
+    tasks = {
+        "choose": choice,
+        "write": written,
+        "blend": f1,
+        "long": long,
+        "unsafe": unsafe,
+        "nowhere": nowhere,
+    }
+    for name, task in tasks.items():
         lines = {"task": name, **common, **task}
         text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
         (folder / f"{name}.yaml").write_text(text)
@@ -197,6 +207,8 @@ def test_task_files_of_a_user_are_asked_as_they_stand(model, encoding, theirs, t
         ("blend", "the task gives f1; a table needs acc or exact_match"),
         ("absent", "no such task"),
         ("long", "asks for up to 256 tokens, the model sees"),
+        ("unsafe", "cannot run this task here: .* marked as unsafe"),
+        ("nowhere", "the task or its data cannot be read"),
     ],
 )
 def test_what_no_table_can_hold_is_refused_in_a_line(model, encoding, tmp_path, name, message):

@@ -89,6 +89,14 @@ def test_without_the_harness_there_is_one_clear_line(monkeypatch):
         text_identity(get_protocol("lm_eval/arc_easy"), "")
 
 
+def test_another_version_of_a_task_on_our_texts_is_refused():
+    bound = HarnessTask("lambada_openai", Text("lambada", ("a b",), "here"))
+    tasks.require_known_version(bound, tasks.VERSIONS["lambada_openai"])
+    with pytest.raises(EvaluateError, match=r"lambada_openai is version .* has 99.0: install lm-eval"):
+        tasks.require_known_version(bound, 99.0)
+    tasks.require_known_version(HarnessTask("lambada_openai", folder="mine"), 99.0)  # its address says it
+
+
 def test_protocols_of_the_command_line_stand_for_those_of_the_config(tmp_path, capsys):
     words = ["--method", "dense", "--protocol", "lm_eval/wikitext", "--protocol", "corpus/val"]
     assert verb.main(["--plan", "--json", "--store", str(tmp_path), *words]) == 0

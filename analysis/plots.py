@@ -248,17 +248,17 @@ def _names(axes: Axes, points: Sequence[Point], everyone: Sequence[Point]) -> No
     for point in points:
         place = axes.transData.transform((point.size, point.value))
         others = [each for each in taken if not each.contains(*place)]
-        tried: list[tuple[float, int, Annotation]] = []
-        for number, (offset, side) in enumerate(NAME_PLACES):
+        tried: list[tuple[float, Annotation]] = []
+        for offset, side in NAME_PLACES:
             name = _name(axes, point, offset, side)
             box = name.get_window_extent()
             outside = max(0.0, axes.bbox.xmin - box.xmin) + max(0.0, box.xmax - axes.bbox.xmax)
             hidden = sum(_shared(box, each) for each in others) + outside * box.height
-            tried.append((hidden, number, name))
+            tried.append((hidden, name))
             if not hidden:
                 break
-        _, _, best = min(tried, key=itemgetter(0, 1))
-        for *_, name in tried:
+        _, best = min(tried, key=itemgetter(0))
+        for _, name in tried:
             if name is not best:
                 name.remove()
         taken.append(best.get_window_extent())

@@ -22,6 +22,10 @@ class ModelError(ValueError):
     """A model cannot be built, read or compressed as asked; the message is one clear line."""
 
 
+# Beyond these a config is damaged, or made to exhaust whoever plans with it.
+_LARGEST = {"n_layer": 10**4, "n_head": 10**4, "n_embd": 10**6, "vocab_size": 10**7, "n_ctx": 10**7}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPT2Config:
     """Sizes of a stock GPT-2; the defaults are GPT-2 small."""
@@ -48,9 +52,12 @@ class GPT2Config:
     """Of the MLP: GPT-2's tanh form, or the exact `gelu` of nanoGPT and Krony-PT."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_ctx"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= largest:
+                raise ModelError(f"{name}={value!r:.40} must be at least 1 and at most {largest:,}")
+        if not 0.0 < self.layer_norm_epsilon < 1.0 or self.activation not in ("gelu_new", "gelu"):
+            raise ModelError("layer_norm_epsilon must lie between 0 and 1, activation be gelu_new or gelu")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
@@ -142,9 +149,8 @@ class Kron:
         if min(self.m1, self.n1, self.m2, self.n2) < 1:
             raise ModelError(f"{self.describe()}: every side of a factor must be at least 1")
         if not 1 <= self.terms <= self.max_terms:
-            raise ModelError(
-                f"{self.describe()}: choose 1 to {self.max_terms} terms, where every weight is exact"
-            )
+            most = self.max_terms
+            raise ModelError(f"{self.describe()}: choose 1 to {most} terms, where every weight is exact")
 
     @property
     def max_terms(self) -> int:
@@ -165,9 +171,8 @@ class Kron:
         return Cost(
             params=self.terms * (m1 * n1 + m2 * n2 + int(self.scales)),
             macs=self.terms * min(b_first, a_first),
-            rank_bound=min(
-                n_in, n_out, self.terms * min(m1, n1) * min(m2, n2)
-            ),  # rank A (x) B = rank A * rank B
+            # rank A (x) B = rank A * rank B
+            rank_bound=min(n_in, n_out, self.terms * min(m1, n1) * min(m2, n2)),
         )
 
     def describe(self) -> str:
@@ -323,9 +328,7 @@ class ModelSpec:
                 raise ModelError(f"{site.name}: {err}") from err
         self.embedding.cost(self.arch.vocab_size, self.arch.n_embd)
         if isinstance(self.embedding, Kron) and (self.embedding.m2 != 1 or self.embedding.gather_in):
-            raise ModelError(
-                f"wte {self.embedding.describe()}: B must have one row and the rows stay in order"
-            )
+            raise ModelError(f"wte {self.embedding.describe()}: B must have one row, rows stay in order")
 
     @classmethod
     def dense(cls, arch: GPT2Config, *, tied: bool = True) -> Self:
@@ -350,9 +353,8 @@ class ModelSpec:
             head, _, rest = name.partition(".")
             index, _, role = rest.partition(".")
             if head != "h" or not index.isdecimal() or int(index) >= len(blocks):
-                raise ModelError(
-                    f"{name!r} names no weight matrix; expected h.0 to h.{len(blocks) - 1} and a role"
-                )
+                last = len(blocks) - 1
+                raise ModelError(f"{name!r} names no weight matrix; expected h.0 to h.{last} and a role")
             blocks[int(index)] = blocks[int(index)].with_matrix(role, matrix)
         return replace(self, blocks=tuple(blocks))
 

@@ -1,11 +1,25 @@
 """Plain JSON values as frozen dataclasses, strictly: unknown or missing keys and wrong types name their path.
 
-A union of dataclasses is told apart by their field `kind`, a `Literal` of one word.
+A union of dataclasses is told apart by their field `kind`, a `Literal` of one word. Text from a file becomes
+such values by `parse_json`, which has one error for all that can be wrong with it.
 """
 
+import json
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text; ValueError for all else: not UTF-8, NaN and infinities, nested too deeply."""
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError as err:
+        raise ValueError("nested too deeply") from err
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
@@ -14,7 +28,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin is UnionType:
         known = {get_args(get_type_hints(arg)["kind"])[0]: arg for arg in args}
         name = value.get("kind") if isinstance(value, dict) else None
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"{where}.kind is {name!r}, expected one of {', '.join(known)}")
         return decode(known[name], value, where)
     if origin is Literal:
@@ -24,10 +38,16 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} is {type(value).__name__}, expected a list")
-        return tuple(decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} has {len(value)} items, expected {len(kinds)}")
+        return tuple(
+            decode(each, item, f"{where}[{i}]")
+            for i, (each, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{where} is {value!r}, expected {kind.__name__}")

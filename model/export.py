@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.config import BlockSpec, GPT2Config, ModelError, ModelSpec, SplitQKV
 from model.gpt2 import GPT2
-from model.pretrained import load_strict, read_json, read_tensors, to_stock_state_dict
+from model.pretrained import load_strict, read_json, read_tensors, require_room, to_stock_state_dict
 
 FORMAT = "krony-native"
 VERSION = 1
@@ -52,6 +52,7 @@ def load_native(folder: Path) -> GPT2:
         raise ModelError(
             f"{folder / WEIGHTS} does not belong to {path}: it was not written as {FORMAT} {VERSION}"
         )
+    require_room(spec, state, where=str(folder))
     model = GPT2(spec)
     load_strict(model, state, where=str(folder / WEIGHTS))
     return model

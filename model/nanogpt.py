@@ -7,10 +7,11 @@ would run code is refused. Names are matched strictly, and what no name says (he
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from model.config import Dense, GPT2Config, Kron, Matrix, ModelError, ModelSpec
 from model.export import to_dense
 from model.gpt2 import GPT2
-from model.pretrained import HEAD, MASKS, PREFIX, load_strict, read_tensors
+from model.pretrained import HEAD, MASKS, PREFIX, load_strict, read_tensors, require_room
 
 Layout = Literal["nanogpt", "krony-pt", "krony-pt-until-2024-03"]
 
@@ -55,7 +56,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         found = _read_pickle(path)
     args = found.get("model_args", {}) if isinstance(found, dict) else {}
     state = found.get("model", found) if isinstance(found, dict) else {}
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = state if isinstance(state, dict) else {}
+    state = {
+        name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
     for wrapper in WRAPPERS:
         state = {name.removeprefix(wrapper): value for name, value in state.items()}
     if f"{PREFIX}wte.weight" not in state:
@@ -63,9 +67,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: no tensor {PREFIX}wte.weight; expected the state of a nanoGPT or Krony-PT model, "
             "alone or under 'model'"
         )
-    ours = {
-        name.removeprefix(PREFIX): value.float() for name, value in state.items() if not name.endswith(MASKS)
+    state = {name.removeprefix(PREFIX): value for name, value in state.items() if not name.endswith(MASKS)}
+    for name, value in state.items():
+        _require_plain(value, where=f"{path}: {name}")
+    stored = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()
     }
+    if sum(value.nbytes for value in state.values()) > 2 * sum(stored.values()):  # a tied head is there twice
+        raise ModelError(f"{path}: many tensors are made of the same few numbers; expected each by itself")
+    ours = {name: value.float() for name, value in state.items()}
     layout: Layout = "nanogpt"
     if any(PAIRS.fullmatch(name) for name in ours):
         layout = "krony-pt-until-2024-03"
@@ -100,6 +110,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, n_head: int = 0, vocab_size: int 
                 ours |= {f"{here}.{name}": value for name, value in tensors.items()}
     ours = {name: value.mT if name.endswith(TRANSPOSED) else value for name, value in ours.items()}
     spec = ModelSpec.dense(arch, tied=HEAD not in state).with_matrices(matrices)
+    require_room(spec, ours, where="checkpoint")
     model, kinds = GPT2(spec), {_kind(name) for name in ours}
     for name, parameter in model.state_dict().items():
         if name.endswith(".bias") and _kind(name) not in kinds:
@@ -143,7 +154,12 @@ def _read_pickle(path: Path) -> Any:
         raise ModelError(f"{path}: {err.strerror}; expected a checkpoint file") from err
     try:
         with file:
+            if zipfile.is_zipfile(file):
+                _require_stored(file, where=path)
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
     except Exception as err:  # whatever a damaged or hostile pickle brings up
         wanted = re.search(r"GLOBAL (\S+)", str(err))
         if wanted:
@@ -156,10 +172,31 @@ def _read_pickle(path: Path) -> Any:
         ) from err
 
 
+def _require_stored(file: BinaryIO, *, where: Path) -> None:
+    """ModelError for an archive that grows when it is read: torch stores every member as it is."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > (packed := where.stat().st_size):
+        raise ModelError(
+            f"{where}: its members unpack to {unpacked:,} bytes from {packed:,}; torch compresses nothing, "
+            "so this is no checkpoint as torch writes it: save it again with torch.save"
+        )
+
+
+def _require_plain(value: Tensor, *, where: str) -> None:
+    """ModelError for a tensor that is not simply there: a few numbers spread over a huge shape, or none."""
+    is_plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not is_plain or value.is_complex() or value.nbytes > value.untyped_storage().nbytes():
+        raise ModelError(f"{where} is no plain tensor; expected real numbers, each stored in the file")
+
+
 def _arch(state: Mapping[str, Tensor], args: Mapping[str, Any], *, n_head: int) -> GPT2Config:
     """Sizes by the shapes of the tables and the numbers of the blocks."""
     if "wpe.weight" not in state:
         raise ModelError("checkpoint: 1 tensors are missing, such as 'wpe.weight'")
+    for name, value in state.items():
+        if value.ndim != 2 and (name in (HEAD, "wte.weight", "wpe.weight") or name.endswith(TRANSPOSED)):
+            raise ModelError(f"checkpoint: {name} is {tuple(value.shape)}, expected a matrix")
     (vocab_size, width), (n_ctx, _) = state["wte.weight"].shape, state["wpe.weight"].shape
     layers = {int(name.split(".")[1]) for name in state if re.match(r"h\.\d+\.", name)}
     heads = n_head or args.get("n_head", HEADS.get(width))
@@ -191,6 +228,8 @@ def _factors(
             raise ModelError(f"checkpoint: {name} is missing, one factor of {here}")
         if state[name].ndim != (3 if stacked else 2):
             raise ModelError(f"checkpoint: {name} is {tuple(state[name].shape)}, expected a {layout} factor")
+        if state[name].shape != state[pairs[0][int(name.endswith("_1"))]].shape:
+            raise ModelError(f"checkpoint: {name} has another shape than the same factor of the first term")
     if stacked:
         left, right = state[pairs[0][0]], state[pairs[0][1]]
     else:  # kept for the transposed weight, so each factor is turned

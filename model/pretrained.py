@@ -4,7 +4,6 @@ Our dense names are the stock names without `transformer.`, and our weights lie 
 nothing is transposed. Keys are matched strictly: whatever is missing, left over or of another shape is named.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import Dense, GPT2Config, ModelError, ModelSpec
+from model.decode import parse_json
 from model.gpt2 import GPT2
 
 PREFIX = "transformer."
@@ -47,7 +47,9 @@ def config_from_stock(values: Mapping[str, Any], *, where: str = "config.json") 
         if type(values.get(key)) is not int:
             raise ModelError(f"{where}: {name} is {values.get(key)!r}, expected a whole number")
     sizes = {name: values[key] for name, key in names.items()}
-    epsilon = float(values.get("layer_norm_epsilon", 1e-5))
+    epsilon = values.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, float):
+        raise ModelError(f"{where}: layer_norm_epsilon is {epsilon!r}, expected a small number")
     config = GPT2Config(**sizes, layer_norm_epsilon=epsilon, activation=activation)
     if values.get("n_inner") not in (None, config.n_inner):
         raise ModelError(
@@ -67,9 +69,20 @@ def from_stock(state: Mapping[str, Tensor], config: GPT2Config) -> GPT2:
     if head is not None and not tied:
         ours[HEAD] = head
     spec = ModelSpec.dense(config, tied=tied)
+    require_room(spec, ours, where="stock GPT-2 weights")
     model = GPT2(spec)
     load_strict(model, ours, where="stock GPT-2 weights")
     return model
+
+
+def require_room(spec: ModelSpec, state: Mapping[str, Tensor], *, where: str) -> None:
+    """ModelError, before anything is allocated, if a spec asks for far more numbers than the tensors hold."""
+    asked, held = spec.num_parameters("tied_all"), sum(value.numel() for value in state.values())
+    if asked > 4 * held + 1_000_000:
+        raise ModelError(
+            f"{where}: its config asks for {asked:,} parameters, its tensors hold {held:,} numbers; "
+            "they do not belong together"
+        )
 
 
 def to_stock_state_dict(model: GPT2) -> dict[str, Tensor]:
@@ -116,9 +129,11 @@ def load_strict(model: GPT2, state: Mapping[str, Tensor], *, where: str) -> None
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as err:
         raise ModelError(f"{path} does not exist; this folder holds no model") from err
+    except OSError as err:
+        raise ModelError(f"{path} cannot be read ({err.strerror}); expected a JSON file") from err
     except ValueError as err:
         raise ModelError(f"{path} is not valid JSON ({err}); it was cut short or edited") from err
     if not isinstance(value, dict):
@@ -133,5 +148,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as err:
         raise ModelError(f"{path} does not exist; only safetensors weights are read, never pickles") from err
-    except SafetensorError as err:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as err:
         raise ModelError(f"{path} cannot be read ({err}); it was cut short or damaged, get it again") from err

@@ -4,12 +4,12 @@ Integers only, no weight is read. A structure that follows from statistics is ex
 before, and where it follows from the weights, only its cap is known.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from model.config import GPT2Config, ModelError, ModelSpec
+from model.decode import parse_json
 from pipeline.config.schema import BudgetConfig, HubTeacher, RunConfig
 from pipeline.config.sources import BpeTokenizer
 from pipeline.errors import CompressError
@@ -92,7 +92,13 @@ def dense_spec(config: RunConfig) -> ModelSpec:
         folder = Location.of(teacher.id)
         if not folder.exists("config.json"):
             return ModelSpec.dense(GPT2Config())  # other published sizes are read when their folder is there
-        return _folder_spec(json.loads(folder.read_bytes("config.json")))
+        try:
+            values = parse_json(folder.read_bytes("config.json"))
+        except ValueError as err:
+            raise ModelError(f"not JSON: {err}") from err
+        if not isinstance(values, dict):
+            raise ModelError(f"holds {type(values).__name__}, expected an object")
+        return _folder_spec(values)
     sizes = {name: getattr(teacher, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx")}
     vocab = config.tokenizer.vocab_size if isinstance(config.tokenizer, BpeTokenizer) else 50257
     return ModelSpec.dense(GPT2Config(**sizes, vocab_size=vocab))

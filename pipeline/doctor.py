@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from pipeline.cluster import connect
 from pipeline.config.schema import RunConfig
-from pipeline.errors import KronyError, PreflightError
+from pipeline.errors import KronyError, PreflightError, hide_passwords
 from pipeline.store.artifacts import Store
 from pipeline.store.location import Location
 from pipeline.store.provenance import PROJECT
@@ -51,7 +51,7 @@ def _checked(name: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, check())
     except KronyError as err:
-        return Finding(name, False, str(err))
+        return Finding(name, False, err.line)
 
 
 def _python() -> str:
@@ -133,7 +133,7 @@ def _tracking(config: RunConfig) -> str:
     from pipeline.tracking.mlflow_writer import connect as connect_mlflow
 
     connect_mlflow(uri, config.tracking.experiment, artifact_root=artifact_root(uri, store=config.store))
-    return f"MLflow at {uri}"
+    return f"MLflow at {hide_passwords(uri)}"
 
 
 def _ray(config: RunConfig) -> str:

@@ -5,9 +5,25 @@ and leaves with `exit_code`; anything that is not a `KronyError` is a bug of our
 
 Exit codes: 0 done or already done, 1 failed, 2 bad usage or config, 3 preflight failed, 130 interrupted
 (state saved).
+
+A line is for a terminal and a log: it holds no password of an address, no control character that a file of
+somebody else brought in, and ends after two thousand characters.
 """
 
+import re
 from typing import ClassVar
+
+LONGEST_LINE = 2000
+SECRET = re.compile(r"(?i)(token(?![a-z])|secret|passw(or)?d|api[-_]?key|access[-_]?key|credential|private)")
+"""Names of options and variables whose values are for nobody's eyes; `--train.batch-tokens` is none."""
+
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|secret|password|passwd|pwd|key|credential)[\w-]*=)[^&\s#'\")]+")
+
+
+def hide_passwords(text: str) -> str:
+    """`text` with `***` for user and password of every address in it, and for secrets among its query."""
+    return _QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
 class KronyError(Exception):
@@ -18,7 +34,11 @@ class KronyError(Exception):
     @property
     def line(self) -> str:
         """The message as one line, also where a library's words of several lines are part of it."""
-        return " ".join(str(self).split())
+        text = hide_passwords(" ".join(str(self).split()))
+        text = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+        if len(text) <= LONGEST_LINE:
+            return text
+        return f"{text[: LONGEST_LINE - 500]} … {text[-490:]}"
 
 
 class ConfigError(KronyError):

@@ -13,6 +13,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from pipeline.errors import hide_passwords
+
 
 def duration(seconds: float) -> str:
     """Seconds as people read them: `0.4s`, `12s`, `3m05s`, `1h12m`."""
@@ -28,6 +30,7 @@ def duration(seconds: float) -> str:
 
 def say(label: str, text: str, **values: object) -> None:
     """One line that is not progress: a stage that is skipped, a warning, a place."""
+    text = hide_passwords(text)
     if os.environ.get("KRONY_PROGRESS") == "json":
         print(json.dumps({"stage": label, "message": text, **values}), file=sys.stderr, flush=True)
     else:

@@ -3,7 +3,7 @@
 Precedence: flags > file > `extends` > defaults. Files merge into one mapping (tables merge, arrays replace,
 and a table whose `name` differs from the one below it replaces it whole); and pydantic validates all of it
 strictly, flags included. Unknown keys and wrong types are one line with the path and the nearest valid name.
-Paths in a file are relative to it.
+Paths in a file are relative to it, and may name `$VARIABLES`, but no secret ones: places are recorded.
 """
 
 import copy
@@ -21,7 +21,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import SECRET, ConfigError
 
 UNIONS = ("corpus", "tokenizer", "teacher", "method")
 """Sections whose `name` chooses the class."""
@@ -36,6 +36,9 @@ _PATH_FIELDS = (
 )
 _NAME_OR_PATH_FIELDS = (("corpus", "repo"), ("teacher", "id"))
 """A hub id, unless it is written as a path: `./…`, `../…`, `/…`, `~…`, or with a `$VARIABLE`."""
+
+DEEPEST = 32
+"""Tables within each other that a file or a flag may have."""
 
 FILE_FIELDS = (*_PATH_FIELDS, *_NAME_OR_PATH_FIELDS)
 """Section and key of every field that may lead to files."""
@@ -68,7 +71,7 @@ def load_study(path: Path | None, *, overrides: Sequence[str] = ()) -> Study:
     flags = flag_table(overrides, base=Path.cwd())
     source = str(path) if path else "defaults"
     variants = raw.pop("variants", None)
-    if variants is not None and (not isinstance(variants, list) or not variants):
+    if variants is not None and not variants:
         raise ConfigError(f"{source}: variants must be an array of tables: [[variants]]")
     sweeps = raw.pop("sweeps", [])
     if not isinstance(sweeps, list) or not all(isinstance(each, str) for each in sweeps):
@@ -104,7 +107,10 @@ def _pairs(raw: Any, variants: Sequence[str], source: str) -> tuple[tuple[str, s
 
 def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """One file and everything that it extends, merged; relative paths become absolute."""
-    path = path.expanduser().resolve()
+    try:
+        path = path.expanduser().resolve()
+    except (RuntimeError, ValueError) as err:
+        raise ConfigError(f"{str(path)!r}: no place of a config file ({err})") from err
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise ConfigError(f"{path}: extends itself ({chain}); remove one `extends`")
@@ -114,10 +120,13 @@ def read_toml(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ConfigError(f"{path}: no such config file{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
+    except (ValueError, OSError, RecursionError) as err:
         raise ConfigError(f"{path}: not a readable TOML file ({err})") from err
-    variants = table.get("variants")
-    for part in [table, *(variants if isinstance(variants, list) else [])]:
+    _require_plain(table, source=str(path), left=DEEPEST)
+    variants = table.get("variants", [])
+    if not isinstance(variants, list) or not all(isinstance(each, dict) for each in variants):
+        raise ConfigError(f"{path}: variants must be an array of tables: [[variants]]")
+    for part in [table, *variants]:
         _make_absolute(part, base=path.parent)
     _make_axes_absolute(table, base=path.parent)
     parent = table.pop("extends", None)
@@ -160,6 +169,8 @@ def validate(table: Mapping[str, Any], *, source: str) -> RunConfig:
         ) from err
     except ConfigError as err:
         raise ConfigError(f"{source}: {err}") from err
+    except OverflowError as err:
+        raise ConfigError(f"{source}: a number is beyond all measure ({err}); correct it") from err
     except TypeError as err:
         raise ConfigError(
             f"{source}: {err}; dates and other TOML types without a JSON form have no use here"
@@ -176,6 +187,17 @@ def require_finite(value: Any, *, source: str, path: str = "") -> None:
             require_finite(each, source=source, path=path)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{source}: {path}={value} is wrong; expected a finite number")
+
+
+def _require_plain(value: Any, *, source: str, left: int) -> None:
+    """Raise ConfigError for tables within each other without end, and for text that no path can hold."""
+    if left == 0:
+        raise ConfigError(f"{source}: more than {DEEPEST} tables within each other; no setting lies so deep")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{source}: {value!r:.80} holds a NUL character; remove it")
+    parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+    for each in parts if isinstance(parts, list) else ():
+        _require_plain(each, source=source, left=left - 1)
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
@@ -214,6 +236,7 @@ def flag_table(flags: Sequence[str], *, base: Path) -> dict[str, Any]:
             inner[leaf]["name"] = found
         else:
             inner[leaf] = found
+    _require_plain(table, source="command line", left=DEEPEST)
     _make_absolute(table, base=base)
     _make_axes_absolute(table, base=base)
     return table
@@ -222,7 +245,7 @@ def flag_table(flags: Sequence[str], *, base: Path) -> dict[str, Any]:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -343,6 +366,14 @@ def _absolute(table: dict[str, Any], section: str, key: str, *, base: Path) -> N
 
 
 def _absolute_path(text: str, base: Path) -> str:
+    for name in re.findall(r"\$\{?(\w+)", text):
+        if SECRET.search(name):
+            raise ConfigError(
+                f"{text}: ${name} looks like a secret, and places are recorded; use another name"
+            )
+    try:
+        home = str(Path(text).expanduser())
+    except RuntimeError as err:
+        raise ConfigError(f"{text}: nobody's home ({err}); write the path out") from err
     # normpath, not resolve: a glob pattern must stay one, and a symbolic link must keep its name
-    expanded = os.path.expandvars(str(Path(text).expanduser()))
-    return os.path.normpath(base / expanded)
+    return os.path.normpath(base / os.path.expandvars(home))

@@ -271,9 +271,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
-        if not self.name or self.name.startswith(".") or not set(self.name) <= allowed:
+        if not 0 < len(self.name) <= 100 or self.name.startswith(".") or not set(self.name) <= allowed:
             raise ConfigError(
-                f"name={self.name!r} must be letters, digits, '-', '_' or '.', and not start with '.'"
+                f"name={self.name!r:.120} must be letters, digits, '-', '_' or '.', at most 100 of them, and "
+                "not start with '.'"
             )
         if isinstance(self.teacher, ScratchTeacher) and self.train.seq_len > self.teacher.n_ctx:
             raise ConfigError(

@@ -228,6 +228,8 @@ def _sweep(table: Mapping[str, Any], *, source: str) -> SweepConfig:
         raise ConfigError("; ".join(lines)) from err
     except ConfigError as err:
         raise ConfigError(f"{source}: {err}") from err
+    except OverflowError as err:
+        raise ConfigError(f"{source}: sweep: a number is beyond all measure ({err}); correct it") from err
     except TypeError as err:
         raise ConfigError(f"{source}: sweep: {err}; dates have no use here") from err
 

@@ -7,7 +7,6 @@ environment variable and no argument value that looks like a secret enters a rec
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import SECRET, hide_passwords
 
 PROJECT = Path(__file__).resolve().parents[2]
 _VERSIONS = (
@@ -28,8 +29,6 @@ _VERSIONS = (
     "numpy",
     "pyarrow",
 )
-_SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[-_]?key|credential)")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def provenance() -> dict[str, Any]:
@@ -45,12 +44,12 @@ def redact(argv: Sequence[str]) -> list[str]:
         if hide_next:
             clean.append("***")
             hide_next = False
-        elif word.startswith("-") and _SECRET.search(word.split("=", 1)[0]):
+        elif word.startswith("-") and SECRET.search(word.split("=", 1)[0]):
             option, equals, _ = word.partition("=")
             clean.append(f"{option}=***" if equals else option)
             hide_next = not equals
         else:
-            clean.append(_USERINFO.sub("***@", word))
+            clean.append(hide_passwords(word))
     return clean
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.load import to_json
+from pipeline.config.schema import RunConfig
+from pipeline.errors import hide_passwords
 from pipeline.progress import duration
 from pipeline.sweep.plan import SweepPlan, TrialPlan
 from pipeline.sweep.probe import REPEATS
@@ -81,8 +83,14 @@ def _row(row: TrialPlan) -> dict[str, Any]:
         "train_s": row.train_s,
         "measured": row.is_measured,
         "memory_bytes": row.memory_bytes,
-        "config": to_json(row.trial.config),
+        "config": _shown(row.trial.config),
     }
+
+
+def _shown(config: RunConfig) -> dict[str, Any]:
+    """All settings of a trial, without a password in the address of the tracker."""
+    table = to_json(config)
+    return table | {"tracking": {**table["tracking"], "uri": hide_passwords(table["tracking"]["uri"])}}
 
 
 def _table(rows: Sequence[TrialPlan]) -> list[str]:

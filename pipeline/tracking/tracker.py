@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pipeline.errors import hide_passwords
 from pipeline.store.location import Location
 
 Scalar = str | int | float | bool
@@ -128,7 +129,8 @@ def artifact_root(uri: str, *, store: str) -> str:
 
 
 def ui_command(uri: str, *, port: int = 5000) -> str:
-    """The command that shows a tracker's pages; for a server, its address."""
+    """The command that shows a tracker's pages; for a server, its address. No password is in it."""
+    uri = hide_passwords(uri)
     if uri.startswith(("http://", "https://")):
         return uri
     python = Path(sys.executable)

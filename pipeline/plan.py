@@ -90,7 +90,11 @@ def _status(store: Store, identity: Identity) -> dict[str, str]:
 
 def _progress(attempt: Location) -> str:
     """How far an unfinished attempt came, where it keeps a history."""
-    history = [row for row in read_history(attempt) if row.get("tokens_per_s")]
+    wanted = ("tokens", "tokens_per_s")
+    history = [
+        row for row in read_history(attempt) if all(isinstance(row.get(key), int | float) for key in wanted)
+    ]
+    history = [row for row in history if row["tokens_per_s"] > 0]
     if not history:
         return f"{len(attempt.list())} files"
     last = history[-1]

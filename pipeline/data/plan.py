@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from model.decode import decode, parse_json
 from pipeline.config.sources import DataConfig
 from pipeline.data.rows import Range
 from pipeline.data.shards import ShardError
@@ -51,13 +52,13 @@ class PlannedShard:
     @staticmethod
     def from_json(text: str) -> "PlannedShard":
         """As a task reads it."""
-        return PlannedShard.of(json.loads(text))
+        return PlannedShard.of(parse_json(text))
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> "PlannedShard":
         """From its JSON object."""
-        ranges = tuple(Range(**part) for part in raw["ranges"])
-        return PlannedShard(raw["index"], raw["first"], ranges, raw["text_bytes"])
+        shard: PlannedShard = decode(PlannedShard, raw, "shard")
+        return shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +99,11 @@ class ShardPlan:
     def from_json(data: bytes, *, where: str) -> "ShardPlan":
         """Read a plan; raises ShardError, with `where`, for anything that is not one."""
         try:
-            raw: dict[str, Any] = json.loads(data)
+            raw: dict[str, Any] = parse_json(data)
             if (found := raw.pop("format")) != FORMAT:
                 raise ShardError(f"{where}: plan format {found}, expected {FORMAT}; use a matching krony")
-            return ShardPlan(shards=tuple(PlannedShard.of(shard) for shard in raw.pop("shards")), **raw)
+            plan: ShardPlan = decode(ShardPlan, raw, "plan")
+            return plan
         except (ValueError, TypeError, KeyError, AttributeError) as err:
             raise ShardError(f"{where}: not a shard plan ({err}); run `krony prepare … --force`") from err
 

@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from model.decode import decode, parse_json
 from pipeline.errors import DataError
 from pipeline.store.location import sha256_file
 
@@ -63,10 +64,9 @@ class Sidecar:
     def from_json(data: bytes, *, where: str) -> "Sidecar":
         """Read a sidecar; raises ShardError, with `where`, for anything that is not one."""
         try:
-            raw = json.loads(data)
-            source = tuple((str(name), int(start), int(stop)) for name, start, stop in raw.pop("source"))
-            return Sidecar(source=source, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            sidecar: Sidecar = decode(Sidecar, parse_json(data), "sidecar")
+            return sidecar
+        except ValueError as err:
             raise ShardError(f"{where}: not a sidecar ({err}); run `krony prepare … --force`") from err
 
 
@@ -121,6 +121,8 @@ def open_shard(path: Path) -> Tokens:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
     except FileNotFoundError:
         raise ShardError(f"{path}: shard is missing; run `krony prepare … --force`") from None
+    except OSError as err:
+        raise ShardError(f"{path}: cannot be read ({err.strerror or err}); check the place") from err
     except ValueError:
         header = np.zeros(0, dtype="<i4")
     if len(header) < 256 or header[0] != MAGIC:

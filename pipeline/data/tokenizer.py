@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+from model.decode import parse_json
 from pipeline.config.schema import RunConfig
 from pipeline.config.sources import BpeTokenizer, DataConfig
 from pipeline.errors import DataError
@@ -187,22 +188,21 @@ def load_tokenizer(folder: Path) -> tiktoken.Encoding:
     """The tokenizer of an artifact's folder. Raises TokenizerError if it is not one of ours."""
     path = folder / FILE
     try:
-        body = json.loads(path.read_bytes())
+        body = parse_json(path.read_bytes())
         if body["format"] != FORMAT:
             raise TokenizerError(
                 f"{path}: tokenizer format {body['format']}, this reads {FORMAT}; use a matching krony"
             )
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(body["ranks"])}
-        return tiktoken.Encoding(
-            str(body["name"]),
-            pat_str=str(body["pattern"]),
-            mergeable_ranks=ranks,
-            special_tokens={str(text): int(token) for text, token in body["special_tokens"].items()},
-            explicit_n_vocab=len(ranks) + len(body["special_tokens"]),
-        )
+        # A pattern or a table of another making can bring the engine to its knees, or to an abort.
+        if body["pattern"] != FAST_PATTERN or body["special_tokens"] != {EOT: len(ranks)}:
+            raise ValueError("another pattern or other special tokens than ours")
+        if len(ranks) != len(body["ranks"]) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+            raise ValueError("a token stands there twice, or a byte has none")
+        return _encoding(str(body["name"]), ranks)
     except OSError as err:
         raise TokenizerError(f"{path}: {err.strerror}; build it with `krony prepare …`") from err
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise TokenizerError(f"{path}: not a krony tokenizer ({err}); run `krony prepare … --force`") from err
 
 

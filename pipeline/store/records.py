@@ -2,22 +2,31 @@
 
 An artifact exists when its record exists. The record is put last, names the attempt that holds the payload,
 and carries the digest of every file, the identity it was built from, what went in, what was measured, and how
-to do it again.
+to do it again. A store may be somebody else's: what a record names lies inside its artifact, or it is no
+record.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from model.decode import decode, parse_json
 from pipeline.errors import StoreError
+from pipeline.store.location import checked_key
 
 Kind = Literal[
     "corpus", "tokenizer", "tokens", "teacher", "stats", "init", "run", "model", "scores", "speed", "sweep"
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 SCHEMA = 1
+DEEPEST = 64
+"""Levels of objects and lists within each other that a record may have."""
+
+_WORD = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f]{1,246}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +82,57 @@ class Record:
     def from_json(data: bytes, *, where: str) -> "Record":
         """Read a record; raises StoreError, with `where`, for anything that is not one."""
         try:
-            raw = json.loads(data)
+            raw = parse_json(data)
             schema = raw["schema"]
             if schema != SCHEMA:
                 raise StoreError(
                     f"{where}: record schema {schema}, this version reads {SCHEMA}; use a matching krony"
                 )
-            files = {key: FileInfo(**info) for key, info in raw.pop("files").items()}
-            inputs = {key: InputRef(**ref) for key, ref in raw.pop("inputs").items()}
-            return Record(files=files, inputs=inputs, **raw)
+            files = {key: decode(FileInfo, info, f"files[{key!r}]") for key, info in raw.pop("files").items()}
+            inputs = {
+                key: decode(InputRef, ref, f"inputs[{key!r}]") for key, ref in raw.pop("inputs").items()
+            }
+            record = Record(files=files, inputs=inputs, **raw)
+            _require_sound(record)
+            return record
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise StoreError(
                 f"{where}: not a krony record ({err}); rebuild the artifact with --force"
             ) from err
+
+
+def _require_sound(record: Record) -> None:
+    """Raise ValueError for a field of another type, and for a name that leads out of the artifact."""
+    for name in ("kind", "name", "fingerprint", "attempt", "started", "finished"):
+        decode(str, getattr(record, name), name)
+    for name in ("config", "metrics", "settings", "provenance"):
+        _require_shallow(decode(dict, getattr(record, name), name), name, DEEPEST)
+    if record.kind not in KINDS:
+        raise ValueError(f"kind is {record.kind!r}, expected one of {', '.join(KINDS)}")
+    for name in ("name", "attempt"):
+        if not _WORD.fullmatch(value := getattr(record, name)):
+            raise ValueError(f"{name} is {value!r}, expected a word without '/'")
+    sizes = {key: info.bytes for key, info in record.files.items()}
+    for key in (*sizes, *(ref.address for ref in record.inputs.values())):
+        _require_inside(key)
+    if any(size < 0 for size in sizes.values()):
+        raise ValueError("a file has less than no bytes")
+    digests = [record.fingerprint, *(info.sha256 for info in record.files.values())]
+    digests += [ref.digest for ref in record.inputs.values() if ref.digest]
+    for digest in digests:  # copies of remote files lie under theirs
+        if not _SHA256.fullmatch(digest):
+            raise ValueError(f"{digest!r:.80} is no digest; expected 64 hex digits")
+
+
+def _require_inside(key: str) -> None:
+    try:
+        checked_key(key)
+    except StoreError as err:
+        raise ValueError(str(err)) from err
+
+
+def _require_shallow(value: Any, where: str, left: int) -> None:
+    if left == 0:
+        raise ValueError(f"{where} is nested more than {DEEPEST} times")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_shallow(each, where, left - 1)

@@ -12,10 +12,12 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
+from model.decode import parse_json
 from pipeline.errors import StoreError
 from pipeline.store.location import Location
 
 ROWS_PER_PART = 200
+LAST_STEP = 2**53
 REMOTE_INTERVAL_S = 15.0
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -75,8 +77,10 @@ def read_history(location: Location, prefix: str = "metrics") -> list[dict[str, 
     for _, key in sorted(_parts(location, prefix)):
         for number, line in enumerate(location.read_bytes(key).splitlines(), start=1):
             try:
-                row = json.loads(line)
-                step = int(row["step"])
+                row = parse_json(line)
+                step = row["step"]
+                if type(step) is not int or not 0 <= step < LAST_STEP:
+                    raise ValueError(f"step is {step!r:.40}, expected a whole number from 0 on")
             except (ValueError, KeyError, TypeError) as err:
                 raise StoreError(
                     f"{location.uri}/{key}:{number}: not a row of a history ({err}); "
@@ -92,7 +96,7 @@ def _parts(location: Location, prefix: str) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for key in location.list():
         head, _, number = key.removesuffix(".jsonl").rpartition("-")
-        if key.endswith(".jsonl") and head == prefix and number.isdigit():
+        if key.endswith(".jsonl") and head == prefix and number.isdecimal():
             found.append((int(number), key))
     return found
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from model.decode import parse_json
 from pipeline.errors import TrainError
 from pipeline.store.location import Location
 from pipeline.train.request import Row
@@ -149,7 +150,7 @@ class Checkpoints:
 
     def _steps(self) -> set[int]:
         keys = (key.removeprefix(f"{_FOLDER}/step-") for key in self._location.list(_FOLDER))
-        return {int(key.split(".")[0]) for key in keys if key.split(".")[0].isdigit()}
+        return {int(key.split(".")[0]) for key in keys if key.split(".")[0].isdecimal()}
 
     def _retain(self, newest: int) -> None:
         # Anything above the step just saved was passed over as damaged, or this run would have started there.
@@ -197,7 +198,7 @@ def _manifest_key(step: int) -> str:
 
 def _parse(data: bytes, *, where: str) -> tuple[CheckpointState, dict[str, _FileInfo]]:
     try:
-        raw = json.loads(data)
+        raw = parse_json(data)
         if raw["format"] != FORMAT:
             raise TrainError(
                 f"{where}: format {raw['format']}, this version reads {FORMAT}; use the version that wrote it"
@@ -214,7 +215,7 @@ def _parse(data: bytes, *, where: str) -> tuple[CheckpointState, dict[str, _File
             **{name: float(raw[name]) for name in _LOSSES},
             history=tuple({str(name): x + 0 for name, x in row.items()} for row in raw["history"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
         raise DamagedCheckpointError(
             f"{where}: not a checkpoint manifest ({type(err).__name__}: {err})"
         ) from err

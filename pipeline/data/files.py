@@ -3,6 +3,9 @@
 Each may be compressed with .xz, .gz or .zst. Text is taken verbatim. A .txt file longer than a few pages is
 cut at blank lines, so that no file must fit into memory and a corpus of one file has a validation part. The
 identity is the names and digests of the files, not where they lie. Standard library at import.
+
+Files may be anybody's: what a compressed one may grow to is bounded, and so is a document. Nothing is
+unpacked to a place that the file names.
 """
 
 import gzip
@@ -14,11 +17,11 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from pipeline.config.sources import FilesCorpus
 from pipeline.data.documents import CorpusError, Document, Partition
@@ -30,6 +33,12 @@ FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".xz", ".gz", ".zst")
 TXT_CHARACTERS = 32_768
 """A .txt file longer than this is cut at the first blank line after as many characters."""
+
+LONGEST = 1 << 26
+"""Characters of a document, and of a line of .jsonl: more than any book, and what a task can hold."""
+
+FREE_BYTES, GROWTH = 1 << 26, 250
+"""A compressed file may grow to 64 MiB, a larger one to 250 times its size; real text grows 3 to 30 times."""
 
 _TXT_LONGEST = 1_048_576
 _RATIO = {".xz": 3.6, ".gz": 2.6, ".zst": 2.8}
@@ -88,13 +97,15 @@ class LocalFiles:
     def _jsonl(self, path: Path) -> Iterator[tuple[int, str]]:
         field = self._config.text_field
         with open_text(path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in _lines(file, path):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as err:
                     raise CorpusError(f"{path}:{number}: not JSON ({err.msg}); fix the line") from err
+                except (ValueError, RecursionError) as err:  # a number of 5,000 digits, a thousand brackets
+                    raise CorpusError(f"{path}:{number}: no JSON to be read ({err}); fix the line") from err
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
                     raise CorpusError(
@@ -113,11 +124,7 @@ class LocalFiles:
                 with open_bytes(path) as source, plain.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             rows = sum(count for count, _ in row_groups(plain, name=str(path), text_column=field))
-            for number, (text,) in enumerate(read_rows(plain, [field], stop=rows)):
-                if text is not None and not isinstance(text, str):
-                    raise CorpusError(
-                        f"{path}:{number}: column {field!r} is {type(text).__name__}, expected text"
-                    )
+            for number, (text,) in enumerate(read_rows(plain, [field], stop=rows, name=str(path))):
                 yield number, text or ""
 
 
@@ -169,21 +176,66 @@ def _digest(path: str, _size: int, _mtime_ns: int) -> str:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file as plain bytes, whatever its compression."""
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path))
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if path.suffix == ".zst":
-        import pyarrow as pa  # zstandard's own reader takes a truncated file for a whole one
+    """A file as plain bytes, whatever its compression; reading raises CorpusError if it outgrows all text."""
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    return io.BufferedReader(_Bounded(_OPEN[path.suffix](path), path), 1 << 18)
 
-        return cast(BinaryIO, pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+
+def _open_zst(path: Path) -> Any:
+    import pyarrow as pa  # zstandard's own reader takes a truncated file for a whole one
+
+    return pa.input_stream(str(path), compression="zstd")
+
+
+_OPEN: Mapping[str, Callable[[Path], Any]] = {".xz": lzma.open, ".gz": gzip.open, ".zst": _open_zst}
+
+
+def growth_limit(path: Path) -> int:
+    """Bytes of text that a file may hold, by its size on the disk."""
+    return max(FREE_BYTES, GROWTH * path.stat().st_size)
+
+
+class _Bounded(io.RawIOBase):
+    """The plain bytes of a compressed file, up to what a file of its size may hold."""
+
+    def __init__(self, source: BinaryIO, path: Path) -> None:
+        self._source, self._path, self._left = source, path, growth_limit(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            size = self._path.stat().st_size
+            raise CorpusError(
+                f"{self._path}: its {size:,} bytes grow to more than {growth_limit(self._path):,}, as no "
+                f"text does (at most {GROWTH} times); if it is meant, decompress it and name the plain file"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
     """A file as UTF-8 text; lines end with a line feed and nothing is translated."""
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="\n")
+
+
+def _lines(file: io.TextIOWrapper, path: Path) -> Iterator[tuple[int, str]]:
+    number = 1
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise CorpusError(
+                f"{path}:{number}: a line of more than {LONGEST:,} characters; cut its text into documents"
+            )
+        yield number, line
+        number += 1
 
 
 def _cut(path: Path) -> Iterator[tuple[int, str]]:

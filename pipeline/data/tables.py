@@ -14,13 +14,18 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.decode import decode, parse_json
 from pipeline.data.documents import CorpusError, Document, Side
-from pipeline.store.location import Location, sha256_file
+from pipeline.data.files import LONGEST, growth_limit
+from pipeline.errors import StoreError
+from pipeline.store.location import Location, checked_key, sha256_file
 
 FILE = "corpus.json"
 FORMAT = 1
 GROUP_BYTES = 1 << 18
 GROUP_DOCUMENTS = 1000
+GROUP_MEMORY = 1 << 30
+"""Bytes of text that are read at once at most, whatever a row group says of itself."""
 FILE_BYTES = 256 << 20
 """Text per parquet file; what a task copies to its node when the store is remote."""
 
@@ -90,17 +95,16 @@ class Manifest:
     def from_json(data: bytes, *, where: str) -> "Manifest":
         """Read a manifest; raises CorpusError, with `where`, for anything that is not one."""
         try:
-            raw: dict[str, Any] = json.loads(data)
+            raw: dict[str, Any] = parse_json(data)
             if (found := raw.pop("format")) != FORMAT:
                 raise CorpusError(
                     f"{where}: corpus format {found}, this reads {FORMAT}; use a matching krony"
                 )
-            files = tuple(
-                TextFile(groups=tuple((int(rows), int(size)) for rows, size in file.pop("groups")), **file)
-                for file in raw.pop("files")
-            )
-            return Manifest(files=files, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            manifest: Manifest = decode(Manifest, raw, "corpus")
+            for file in manifest.files:
+                checked_key(file.name)
+            return manifest
+        except (ValueError, TypeError, KeyError, AttributeError, StoreError) as err:
             raise CorpusError(f"{where}: not a corpus ({err}); run `krony prepare … --force`") from err
 
 
@@ -188,23 +192,53 @@ def row_groups(file: Any, *, name: str, text_column: str) -> tuple[tuple[int, in
     )
 
 
-def read_rows(path: Path, columns: Sequence[str], *, start: int = 0, stop: int) -> Iterator[tuple[Any, ...]]:
-    """Rows `[start, stop)` of a parquet file as tuples of `columns`; touches only their row groups.
+def read_rows(
+    path: Path, columns: Sequence[str], *, start: int = 0, stop: int, name: str = ""
+) -> Iterator[tuple[Any, ...]]:
+    """Rows `[start, stop)` of a parquet file as tuples of text `columns`; touches only their row groups.
 
-    Memory: the compressed column of one row group and 256 rows. Raises CorpusError if the file is damaged.
+    Memory: the compressed column of one row group and at most 256 rows. Raises CorpusError, with `name` or
+    the path, if the file is damaged, has no text there, or holds more of it than a file of its size can mean.
     """
+    where, left = name or str(path), growth_limit(path)
+    for row in _rows(path, columns, start=start, stop=stop, where=where):
+        longest = max((len(value) for value in row if value is not None), default=0)
+        left -= longest
+        if longest > LONGEST or left < 0:
+            raise CorpusError(
+                f"{where}: a document of {longest:,} characters, at most {LONGEST:,} are read; or a file of "
+                f"{path.stat().st_size:,} bytes grows to more than {growth_limit(path):,}: cut the text"
+            )
+        yield row
+
+
+def _rows(
+    path: Path, columns: Sequence[str], *, start: int, stop: int, where: str
+) -> Iterator[tuple[Any, ...]]:
     try:
         with pq.ParquetFile(path) as reader:
+            for column in columns:
+                kind = reader.schema_arrow.field(column).type
+                plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
+                    raise CorpusError(f"{where}: column {column!r} is {kind}, expected text")
             at = 0
             for group in range(reader.metadata.num_row_groups):
                 first, at = at, at + reader.metadata.row_group(group).num_rows
                 if at <= start or first >= stop:
                     continue
-                for batch in reader.iter_batches(256, row_groups=[group], columns=list(columns)):
+                # A value may stand in many rows and be stored once, so it is the group that bounds a row.
+                about = reader.metadata.row_group(group)
+                chunks = (about.column(i) for i in range(about.num_columns))
+                size = sum(each.total_uncompressed_size for each in chunks if each.path_in_schema in columns)
+                at_once = max(1, min(256, GROUP_MEMORY // max(1, size)))
+                for batch in reader.iter_batches(at_once, row_groups=[group], columns=list(columns)):
                     low, high = max(start - first, 0), min(stop - first, len(batch))
                     first += len(batch)
                     if low < high:
                         part = batch.slice(low, high - low)
                         yield from zip(*(part.column(name).to_pylist() for name in columns), strict=True)
-    except (OSError, pa.ArrowException) as err:
-        raise CorpusError(f"{path}: not a readable parquet file ({err}); get it again") from err
+    except UnicodeDecodeError as err:
+        raise CorpusError(f"{where}: not UTF-8 ({err.reason}); convert it") from err
+    except (OSError, KeyError, pa.ArrowException) as err:
+        raise CorpusError(f"{where}: not a readable parquet file ({err}); get it again") from err

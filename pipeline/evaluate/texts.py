@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.data.documents import CorpusError
+from pipeline.data.files import open_bytes
 from pipeline.errors import EvaluateError
+
+LARGEST = 1 << 26
+"""Bytes of an authors' file, decompressed; the largest of them has 1.3 million."""
 
 JOINT = "\n\n"
 """What stands between two rows: Krony-PT's, and everybody's, way to make one string of WikiText."""
@@ -183,8 +188,13 @@ def _rows_of(path: Path) -> list[str]:
     """Rows of an authors' file: a `.txt` line is a passage, a WikiText line keeps its newline."""
     plain = path.name.removesuffix(".xz")
     try:
-        with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
-            lines = file.read().decode("utf-8").split("\n")
+        with open_bytes(path) as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise EvaluateError(f"{path}: more than {LARGEST:,} bytes, no text here has them; fetch it again")
+        lines = data.decode("utf-8").split("\n")
+    except CorpusError as err:
+        raise EvaluateError(str(err)) from err
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as err:
         raise EvaluateError(f"{path}: damaged ({err}); fetch it again") from err
     ended = [f"{line}\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])
@@ -195,7 +205,7 @@ def _rows_of(path: Path) -> list[str]:
         row = str.strip
     try:
         return [row(line) for line in ended]
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise EvaluateError(
             f"{path}: a line is not JSON with a `text` field ({err}); fetch it again"
         ) from err

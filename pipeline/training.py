@@ -19,6 +19,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.errors import Interrupted, KronyError
 from pipeline.interrupt import stop_on_signal
 from pipeline.progress import Progress
+from pipeline.store.alone import alone
 from pipeline.store.artifacts import Artifact, Attempt
 from pipeline.store.location import Location
 from pipeline.tracking.jsonl import HistoryWriter, read_history
@@ -115,6 +116,12 @@ def _random_teacher(teacher: ScratchTeacher, vocab_size: int, place: Location) -
 
 
 def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Artifact:
+    should_stop = training.driver.should_stop if training.driver else lambda: False
+    with alone(attempt, label=training.label, should_stop=should_stop) as made:
+        return made or _train_alone(work, attempt, tokens, training)
+
+
+def _train_alone(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Artifact:
     shards = [name for name in tokens.record.files if name.endswith(".bin")]
     request = FitRequest(
         train=training.settings,

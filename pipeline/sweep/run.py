@@ -18,6 +18,7 @@ from pipeline.config.sweep import SweepStudy
 from pipeline.errors import ConfigError, Interrupted, PreflightError, TrainError
 from pipeline.interrupt import stop_on_signal
 from pipeline.progress import Progress, say
+from pipeline.store.alone import alone
 from pipeline.store.artifacts import Artifact, Attempt, Store
 from pipeline.store.provenance import redact
 from pipeline.sweep.campaign import Campaign
@@ -47,7 +48,12 @@ def run_sweep(study: SweepStudy, *, retry_failed: bool = False, quiet: bool = Fa
         if not quiet:
             say("sweep", f"done already · {identity.address}")
         return done
-    with store.attempt(identity, resume=True) as attempt:
+    with (
+        store.attempt(identity, resume=True) as attempt,
+        alone(attempt, label="sweep", should_stop=lambda: False) as made,
+    ):
+        if made:
+            return made
         ledger = Ledger(attempt.location)
         if done and ledger.is_empty:
             ledger.copy(read_events(done.location))

@@ -50,6 +50,10 @@ class GradientBuffer:
         loss.backward()  # type: ignore[no-untyped-call]
         self._loss.add_(loss.detach())
 
+    def is_finite(self) -> Tensor:
+        """Whether loss and gradients are finite so far, on this rank alone; stays on the device."""
+        return torch.isfinite(self._flat.sum())
+
     def reduce_(self, topology: Topology) -> Tensor:
         """Sum gradients and loss over ranks; returns the global loss, a scalar that stays on the device."""
         topology.sum_(self._flat)

@@ -108,6 +108,7 @@ class Session:
         self.step = 0
         self._last: _Pending | None = None
         self._first_bad = torch.tensor(-1, device=topology.device)  # first step without a finite loss or norm
+        self._first_bad_here = self._first_bad.clone()  # the same of this rank's own share
 
     @property
     def tokens(self) -> int:
@@ -121,13 +122,14 @@ class Session:
         self._buffer.zero_()
         for part in micro_batches(len(inputs), self._config.micro_batch):
             self._accumulate(inputs[part], targets[part])
+        if self._topology.world > 1:
+            self._first_bad_here = self._bad_since(~self._buffer.is_finite(), self._first_bad_here)
         loss = self._buffer.reduce_(self._topology)
         norm = self._buffer.clip_(self._config.grad_clip)
         lr = rate_at(self.step, self._config)
         set_rate(self._optimizer, lr)
         self._optimizer.step()
-        bad = ~torch.isfinite(loss + norm) & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, self.step, self._first_bad)
+        self._first_bad = self._bad_since(~torch.isfinite(loss + norm), self._first_bad)
         self._last = _Pending(loss, norm, lr)
         self.step += 1
 
@@ -142,7 +144,7 @@ class Session:
         """Raise TrainError naming the first step that was not finite; alike on every rank."""
         first = int(self._first_bad)
         if first >= 0:
-            raise self._diverged(first, "the loss or its gradient")
+            raise self._diverged(first, "the loss or its gradient", where=self._where(first))
 
     def validate(self) -> float:
         """Validation loss in nats per token; the same on every rank."""
@@ -209,10 +211,23 @@ class Session:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _diverged(self, step: int, what: str) -> TrainError:
+    def _bad_since(self, bad: Tensor, first: Tensor) -> Tensor:
+        """The first bad step, where this one may be it; negative if there was none."""
+        return torch.where(bad & (first < 0), self.step, first)
+
+    def _where(self, step: int) -> str:
+        """The ranks whose own share was not finite at `step`, where others' was; empty elsewhere."""
+        world, here = self._topology.world, int(self._first_bad_here) == step
+        bad = self._topology.maxima([float(here and rank == self._topology.rank) for rank in range(world)])
+        ranks = [str(rank) for rank, is_bad in enumerate(bad) if is_bad]
+        if not 0 < len(ranks) < world:
+            return ""
+        return f" on rank {', '.join(ranks)} of {world} (if that repeats, look at its device and memory)"
+
+    def _diverged(self, step: int, what: str, *, where: str = "") -> TrainError:
         config = self._config
         return TrainError(
-            f"step {step:,}: {what} is not a finite number; lower train.lr (now {config.lr:g}) or "
+            f"step {step:,}: {what} is not a finite number{where}; lower train.lr (now {config.lr:g}) or "
             f"train.grad_clip (now {config.grad_clip:g}), "
             f"or raise train.warmup_steps (now {config.warmup_steps})"
         )
@@ -224,15 +239,16 @@ class Session:
             with self._autocast():
                 loss = self._objective(inputs, targets)
             self._buffer.backward(loss / config.batch_tokens)
-        except torch.OutOfMemoryError as err:
-            raise TrainError(
-                f"step {self.step:,}: out of memory with {len(inputs)} rows of {inputs.shape[1]} tokens on "
-                f"{self._topology.device}; lower train.micro_batch (now {config.micro_batch})"
-            ) from err
-        except RuntimeError as err:
+        except (RuntimeError, MemoryError) as err:
+            first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+            if isinstance(err, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
+                rows, length, device = *inputs.shape, self._topology.device
+                raise TrainError(
+                    f"step {self.step:,}: out of memory with {rows} rows of {length} tokens on {device}; "
+                    f"lower train.micro_batch (now {config.micro_batch})"
+                ) from err
             if not config.compile or self._last is not None:  # a compiler fails in the first step, or never
                 raise
-            first = next(iter(str(err).strip().splitlines()), type(err).__name__)
             raise TrainError(
                 f"train.compile: the compiler failed on this model or machine ({first}); "
                 "set train.compile=false, the result is the same"

@@ -1,5 +1,6 @@
 """Whatever is wrong with a run's input is one line, and what was trained so far is kept."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,25 @@ import pytest
 from pipeline.data.shards import ShardWriter
 from pipeline.errors import DataError, KronyError, TrainError
 from pipeline.store.location import Location
+
+PROJECT = Path(__file__).resolve().parents[2]
+SHORT = """
+import resource, sys
+from pathlib import Path
+from train_lab import Lab
+from pipeline.errors import TrainError
+lab, run = Lab(Path(sys.argv[1])), Path(sys.argv[2])
+big = {"batch_tokens": 16 * 10_000, "checkpoint_every": 1}
+lab.fit(lab.request(run, max_steps=1, micro_batch=500, **big))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, resource.RLIM_INFINITY))
+try:
+    lab.fit(lab.request(run, max_steps=2, micro_batch=10_000, **big))
+except TrainError as err:
+    print(err)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(lab.fit(lab.request(run, max_steps=2, micro_batch=500, **big)).result.resumed_from)
+"""
 
 
 def failing(lab, request, kind: type[KronyError], text: str, **how) -> str:
@@ -98,3 +118,14 @@ def test_a_place_that_cannot_be_written(lab, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     request = lab.request(tmp_path / "run")
     failing(lab, replace(request, run=Location(str(tmp_path / "file/run"))), KronyError, "file")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
+def test_memory_that_runs_out_is_one_line_and_costs_no_checkpoint(lab, tmp_path, python):
+    path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+    done = python("-c", SHORT, str(lab.folder), str(tmp_path / "run"), env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    line, resumed = done.stdout.splitlines()
+    assert line.startswith("step 1: out of memory with 10000 rows of 16 tokens on cpu")
+    assert "lower train.micro_batch (now 10000)" in line
+    assert resumed == "1"

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from model.config import GPT2Config, Kron, ModelSpec
+from model.compress.kron_plan import KronChoice, with_kron_mlp
+from model.config import GPT2Config, ModelSpec
 from model.export import save_factored, save_stock
 from model.gpt2 import GPT2
 from pipeline.compress.folders import CODE, SOURCES
@@ -28,11 +29,8 @@ def write(folder: Path, options: argparse.Namespace) -> None:
     """Both folders of one random model."""
     width = options.width
     arch = GPT2Config(n_layer=options.layers, n_head=width // 64, n_embd=width)
-    m1, n1 = options.shape
-    up = Kron(m1=m1, n1=n1, m2=width // m1, n2=4 * width // n1, terms=options.terms)
-    matrices = {f"h.{i}.mlp.c_fc": up for i in range(options.layers)}
-    matrices |= {f"h.{i}.mlp.c_proj": up.transposed() for i in range(options.layers)}
-    model = GPT2(ModelSpec.dense(arch).with_matrices(matrices)).init_weights(seed=0)
+    choice = KronChoice(shape=tuple(options.shape), terms=options.terms)
+    model = GPT2(with_kron_mlp(ModelSpec.dense(arch), choice, terms=options.terms)).init_weights(seed=0)
     save_factored(model, folder / "factored")
     save_stock(model, folder / "dense")
     for name in CODE:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.config import GPT2Config, Kron, ModelSpec
+from model.compress.kron_plan import KronChoice, with_kron_mlp
+from model.config import GPT2Config, ModelSpec
 from model.export import save_stock
 from model.gpt2 import GPT2
 from pipeline.evaluate.perplexity import aggregate, token_losses, windows
@@ -71,12 +72,11 @@ def main() -> None:
 
     transformers.logging.disable_progress_bar()
     arch = GPT2Config(n_layer=options.layers)
-    m1, n1 = options.shape
-    up = Kron(m1=m1, n1=n1, m2=arch.n_embd // m1, n2=4 * arch.n_embd // n1)
-    matrices = {f"h.{i}.mlp.c_fc": up for i in range(options.layers)}
-    matrices |= {f"h.{i}.mlp.c_proj": up.transposed() for i in range(options.layers)}
     dense = GPT2(ModelSpec.dense(arch)).init_weights(seed=0).to(options.device)
-    small = GPT2(ModelSpec.dense(arch).with_matrices(matrices)).init_weights(seed=0).to(options.device)
+    choice = KronChoice(shape=tuple(options.shape), terms=1)
+    small = (
+        GPT2(with_kron_mlp(ModelSpec.dense(arch), choice, terms=1)).init_weights(seed=0).to(options.device)
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_stock(dense, Path(folder))
         stock = transformers.AutoModelForCausalLM.from_pretrained(folder).to(options.device).eval()

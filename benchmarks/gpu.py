@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model.gpt2
 from benchmarks import training_step
-from benchmarks.mlp import SHAPES, action, dense_mlp, kron_mlp
+from benchmarks.mlp import SHAPES, WIDTH, action, dense_mlp, kron_mlp
 from model.layers.structured import set_mode
 from pipeline.evaluate.turns import Spread, take_turns
 
@@ -37,7 +37,7 @@ def correctness(device: str) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     for name, shape in SHAPES.items():
         mlp = kron_mlp(*shape).to(device)
-        x = torch.randn(512, training_step.WIDTH, device=device)
+        x = torch.randn(512, WIDTH, device=device)
         truth = _results(mlp, x, mode="materialize", half=False)
         for dtype in ("fp32", "bf16"):
             mine = _results(mlp, x, mode="factored", half=dtype == "bf16")
@@ -82,9 +82,7 @@ def steps(device: str, *, layers: int, rows: int, compiled: bool, rounds: int) -
         built, rows=rows, rounds=rounds, device=device, peak=training_step.H200_PEAK
     )
     built.clear()
-    return [
-        dict(row) for row in training_step.with_memory(found, layers=layers, rows=rows, compiled=compiled)
-    ]
+    return found if device == "cpu" else training_step.with_memory(found, layers=layers, rows=rows)
 
 
 def two_ways(device: str, *, layers: int, rows: int) -> dict[str, Any]:

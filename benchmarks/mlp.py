@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import GPT2Config, Kron, ModelSpec
+from model.compress.kron_plan import KronChoice, with_kron_mlp
+from model.config import GPT2Config, ModelSpec
 from model.gpt2 import GPT2
 from model.layers.structured import set_mode
 from pipeline.evaluate.turns import Spread, take_turns
@@ -46,9 +47,8 @@ def dense_mlp() -> nn.Module:
 
 def kron_mlp(m1: int, n1: int, terms: int) -> nn.Module:
     """The MLP of a model of ours."""
-    up = Kron(m1=m1, n1=n1, m2=WIDTH // m1, n2=4 * WIDTH // n1, terms=terms)
     arch = GPT2Config(n_layer=1, n_head=12, n_embd=WIDTH, vocab_size=64, n_ctx=8)
-    spec = ModelSpec.dense(arch).with_matrices({"h.0.mlp.c_fc": up, "h.0.mlp.c_proj": up.transposed()})
+    spec = with_kron_mlp(ModelSpec.dense(arch), KronChoice(shape=(m1, n1), terms=terms), terms=terms)
     block: nn.Module = GPT2(spec).init_weights(seed=0).h[0].get_submodule("mlp")
     return block
 

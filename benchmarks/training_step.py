@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from benchmarks.mlp import SHAPES
-from model.config import GPT2Config, Kron, ModelSpec
+from model.compress.kron_plan import KronChoice, with_kron_mlp
+from model.config import GPT2Config, ModelSpec
 from model.gpt2 import GPT2
 from pipeline.evaluate.turns import Spread, take_turns
 
-WIDTH, CONTEXT = 768, 1024
+CONTEXT = 1024
 H200_PEAK = 989.0
 """Dense bf16 TFLOP/s of an H200, by its data sheet."""
 
@@ -45,15 +46,11 @@ def specs(layers: int, names: list[str]) -> dict[str, ModelSpec]:
     found = {"dense": dense}
     for name, (m1, n1, terms) in SHAPES.items():
         if any(name.startswith(each) for each in names):
-            up = Kron(m1=m1, n1=n1, m2=WIDTH // m1, n2=4 * WIDTH // n1, terms=terms)
-            both = {f"h.{i}.mlp.c_fc": up for i in range(layers)}
-            found[name] = dense.with_matrices(
-                both | {f"h.{i}.mlp.c_proj": up.transposed() for i in range(layers)}
-            )
+            found[name] = with_kron_mlp(dense, KronChoice(shape=(m1, n1), terms=terms), terms=terms)
     return found
 
 
-def step_of(spec: ModelSpec, *, rows: int, device: str, compiled: bool) -> Step:
+def step_of(spec: ModelSpec, *, rows: int, device: str, compiled: bool, half: bool = True) -> Step:
     """A model with random weights, and a function that takes one step on random tokens."""
     torch.manual_seed(0)
     model = GPT2(spec).init_weights(seed=0).to(device)
@@ -66,7 +63,7 @@ def step_of(spec: ModelSpec, *, rows: int, device: str, compiled: bool) -> Step:
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             loss = forward(inputs, targets) / targets.numel()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -12,7 +12,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Target:
     """One reader and sound examples of what it reads."""
 
     name: str
-    examples: tuple[bytes, ...]
+    examples: tuple[bytes, ...] = field(repr=False)
     read: Callable[[bytes, Path], object]
     """Given the bytes and a folder of its own, which it may fill."""
 

@@ -24,13 +24,13 @@ _SEED_ENDING = re.compile(r"[-_. ](s|seed)=?\d+$")
 
 def arms(rows: Sequence[Row]) -> list[Row]:
     """One row per arm and measure, in the order in which the arms come; an arm of one seed stays as it is."""
-    subjects: dict[str, dict[str, Row]] = {}
+    of_arm: dict[str, list[Row]] = {}
     for row in rows:
-        subjects.setdefault(row["arm"], {})[row["subject"]] = row
+        of_arm.setdefault(row["arm"], []).append(row)
     found: list[Row] = []
-    for arm, members in subjects.items():
+    for cells in of_arm.values():
+        members = {row["subject"]: row for row in cells}
         seeds = {(row["seed"], row["calibration_seed"]) for row in members.values()}
-        cells = [row for row in rows if row["arm"] == arm]
         if len(members) == 1 or len(seeds) < len(members):  # namesakes of equal seeds are no seeds of one arm
             found += cells
             continue

@@ -5,6 +5,7 @@ stand under their teacher, the dense one first, then size by size and track by t
 seeds of one model are one row.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -117,9 +118,9 @@ def row_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     plain = {
         row["subject"]: "teacher" if row["is_dense"] else row["variant"] or row["method"] for row in rows
     }
-    taken = list(plain.values())
+    taken = Counter(plain.values())
     return {
-        subject: name if taken.count(name) == 1 else f"{name}@{subject.split()[0].rpartition('-')[2]}"
+        subject: name if taken[name] == 1 else f"{name}@{subject.split()[0].rpartition('-')[2]}"
         for subject, name in plain.items()
     }
 

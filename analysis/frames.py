@@ -8,7 +8,6 @@ one row per run and step, `modules` one per replaced weight matrix.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,7 @@ from analysis.compare import compared
 from analysis.gaps import gaps, unscored
 from analysis.lineage import Graph, Lineage
 from analysis.schema import SCORES, checked
-from analysis.traces import history, losses, modules
+from analysis.traces import history, known_losses, modules
 from analysis.tracks import NONE, TRACKS, tracks
 from pipeline.store.artifacts import Store
 from pipeline.store.records import Record
@@ -58,7 +57,7 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
         else:
             paths.append((record, lineage))
     rows = _scores(paths, tracks(store, [path.init for _, path in paths if path.init], problems))
-    read = partial(losses, store)
+    read = known_losses(store, graph)
     table = compared(checked(rows, SCORES), read, problems)
     together = relabelled(arms(rows))
     seeded = any(row["seeds"] > 1 for row in together)

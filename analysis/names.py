@@ -37,8 +37,10 @@ def method_label(method: Mapping[str, Any], *, n_embd: int | None) -> str:
 def distinct(labels: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Labels made different, as far as their configs are: leaves in which namesakes differ are added."""
     result = list(labels)
-    for label in dict.fromkeys(labels):
-        group = [i for i, other in enumerate(labels) if other == label]
+    groups: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
+    for label, group in groups.items():
         leaves = sorted({path for i in group for path in differing(configs[group[0]], configs[i])})
         for i in group if len(group) > 1 else ():
             words = [f"{path.rsplit('.', 1)[-1]}={_leaf(configs[i], path)}" for path in leaves]

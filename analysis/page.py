@@ -19,7 +19,7 @@ from analysis.comparison import Table, column_names, comparison, measure_titles,
 from analysis.findings import summary
 from analysis.frames import Frames
 from analysis.plots import CROWD, layer_errors, loss_curves, size_quality
-from analysis.provenance import Provenance, Step, explain
+from analysis.provenance import Index, Provenance, Step, explain
 from analysis.schema import rows_of
 from analysis.speed import speed_table
 from analysis.tables import markdown, published_table
@@ -193,10 +193,13 @@ def _origins(frames: Frames, store: str) -> Iterator[Origin]:
     """Of each row of the table, with every seed behind it."""
     rows = rows_of(frames.arms)
     heads, columns = row_names(rows), column_names(measure_titles(frames.arms), rows)
+    index = Index.of(frames)
     for subject, members in groupby(rows, key=itemgetter("subject")):
         cells = list(members)
         named = [f"{heads[subject]}:{columns[cell['measure']]}" for cell in cells]
-        yield Origin(cells[0]["label"], tuple(explain(frames, name, store=store) for name in named))
+        yield Origin(
+            cells[0]["label"], tuple(explain(frames, name, store=store, index=index) for name in named)
+        )
 
 
 def render(name: str, page: object) -> str:

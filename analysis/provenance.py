@@ -84,11 +84,49 @@ class Provenance:
         return "\n".join([*lines, "", "repeat", *(f"  {command}" for command in self.repeat)])
 
 
-def explain(frames: Frames, text: str, *, store: str) -> Provenance:
-    """The provenance of the cell `ROW:COLUMN`; raises ConfigError listing what there is."""
-    cell = find_cell(frames, text)
+@dataclass(frozen=True, eq=False, slots=True)
+class Index:
+    """What the names of cells mean in some frames, read once however many are explained."""
+
+    titles: Mapping[str, str]
+    """Of columns, by measure."""
+
+    columns: Mapping[str, str]
+    """Names of columns, by measure."""
+
+    subjects: Mapping[str, str]
+    """Subjects, by the name of their row."""
+
+    cells: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """Rows of `arms`, by subject and measure."""
+
+    scores: Mapping[str, Mapping[str, Any]]
+    """Rows of `scores`, by address."""
+
+    @staticmethod
+    def of(frames: Frames) -> "Index":
+        """The index of these frames."""
+        rows, titles = rows_of(frames.arms), measure_titles(frames.arms)
+        cells: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for row in rows:
+            cells.setdefault(row["subject"], {})[row["measure"]] = row
+        return Index(
+            titles=titles,
+            columns=column_names(titles, rows),
+            subjects={name: subject for subject, name in row_names(rows).items()},
+            cells=cells,
+            scores={row["address"]: row for row in rows_of(frames.scores)},
+        )
+
+
+def explain(frames: Frames, text: str, *, store: str, index: Index | None = None) -> Provenance:
+    """The provenance of the cell `ROW:COLUMN`; raises ConfigError listing what there is.
+
+    `index` is that of the frames, for who explains many cells.
+    """
+    index = index or Index.of(frames)
+    cell = find_cell(index, text)
     addresses = str(cell["address"]).split()
-    rows = {row["address"]: row for row in rows_of(frames.scores)}
     records = [frames.graph.records[address] for address in addresses]
     paths = [(record, *frames.graph.path(_input(frames, record))) for record in records]
     return Provenance(
@@ -105,17 +143,14 @@ def explain(frames: Frames, text: str, *, store: str) -> Provenance:
             ("its tokens", f"sha256 {cell['tokens_sha256']}"),
         ),
         settings=tuple(settings_of(paths)),
-        sources=tuple(_source(rows[path[0].address], path) for path in paths),
+        sources=tuple(_source(index.scores[path[0].address], path) for path in paths),
         repeat=tuple(commands_of(records, store)),
     )
 
 
-def find_cell(frames: Frames, text: str) -> Mapping[str, Any]:
+def find_cell(index: Index, text: str) -> Mapping[str, Any]:
     """The row of `arms` that a name means; raises ConfigError listing rows or columns."""
-    rows = rows_of(frames.arms)
-    titles = measure_titles(frames.arms)
-    columns = column_names(titles, rows)
-    subjects = {name: subject for subject, name in row_names(rows).items()}
+    titles, columns, subjects = index.titles, index.columns, index.subjects
     numbers = {str(number): measure for number, measure in enumerate(titles, start=1)}
     wanted = {name: measure for measure, name in columns.items()} | numbers
     shown = ", ".join(f"[{number}] {titles[measure]}" for number, measure in numbers.items()) or "none"
@@ -131,7 +166,7 @@ def find_cell(frames: Frames, text: str) -> Mapping[str, Any]:
     measure = wanted.get(column.strip("[]"))
     if measure is None:
         raise ConfigError(f"--explain {text!r}: no column is called {column!r}; there are: {shown}")
-    cells = {each["measure"]: each for each in rows if each["subject"] == subjects[row]}
+    cells = index.cells[subjects[row]]
     if measure not in cells:
         there = ", ".join(columns[each] for each in cells)
         raise ConfigError(f"--explain {text!r}: {row} was not measured there; it has: {there}")

@@ -9,6 +9,7 @@ the hierarchy is Student's t, or Welch's for two arms. Pure functions of arrays,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -218,6 +219,7 @@ def t_cdf(x: float, freedom: float) -> float:
     return 0.5 + scale * float(inner) * float(grid[1]) / 3
 
 
+@lru_cache(maxsize=4096)
 def t_quantile(probability: float, freedom: float) -> float:
     """Student's quantile of a probability from 0.5 on, by bisection; the normal one for great freedom."""
     if freedom > _NORMAL:

@@ -6,8 +6,9 @@ A file that cannot be read becomes a problem for the reader of the report, not a
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -26,8 +27,16 @@ REPORT = "report.json"
 
 def losses(store: Store, address: str) -> pd.DataFrame:
     """The per-unit losses of a scores artifact: columns index, tokens, nll and maybe correct."""
-    artifact = store.open(address)
-    return pd.read_parquet(io.BytesIO(artifact.location.read_bytes("losses.parquet")))
+    return _losses(store.open(address).location)
+
+
+def known_losses(store: Store, graph: Graph) -> Callable[[str], pd.DataFrame]:
+    """The same by address, of records that are read already; each file is read once while this is kept."""
+    return lru_cache(maxsize=None)(lambda address: _losses(_payload(store, graph.records[address])))
+
+
+def _losses(payload: Location) -> pd.DataFrame:
+    return pd.read_parquet(io.BytesIO(payload.read_bytes("losses.parquet")))
 
 
 def history(

@@ -31,6 +31,7 @@ VERBS = {
     "plan": "every method at a budget: exact parameters and MACs, or why it cannot",
     "import": "a Krony-PT or nanoGPT checkpoint to folders of ours",
     "submit": "any of these as a job on a Ray cluster",
+    "job": "the jobs on a Ray cluster: list, follow, stop",
 }
 
 _HELP = (

@@ -16,8 +16,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--python", default="python", help="interpreter on the nodes (default: the first on their PATH)"
     )
     parser.add_argument("--plan", action="store_true", help="show what would be sent, and send nothing")
+    parser.add_argument("--follow", action="store_true", help="show its output until it ends; its exit code")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("verb", choices=[verb for verb in cli.VERBS if verb != "submit"])
+    parser.add_argument("verb", choices=[verb for verb in cli.VERBS if verb not in ("submit", "job")])
     parser.add_argument("config", type=Path, help="TOML file, below the project")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help="what else the verb is told")
     return parser.parse_args(argv)
@@ -48,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"id": job.id, "is_new": job.is_new, "address": job.address}))
         return 0
     print(f"job       {job.id}{'' if job.is_new else ' runs already'}")
-    print(f"follow    {job.follow()}\nstop      {job.stop()}")
-    return 0
+    print(f"follow    {job.follow()}\nstop      {job.stop()}", flush=True)
+    if not asked.follow:
+        return 0
+    state = submit.follow(job.address, job.id, lambda text: print(text, end="", flush=True))
+    print(f"job       {state.id} {state.status.lower()}")
+    return state.exit_code
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
-"""A verb as a job on a Ray cluster: what is sent, under which name, and whether it runs there already.
+"""A verb as a job on a Ray cluster: what is sent, under which name, whether it runs already, and how it ends.
 
 What is sent is this checkout without what `.gitignore` and `.rayignore` name, as Ray itself reads them. The
 name follows from verb, store and config, so the same work is never started twice at a time: Ray refuses a
 name that is in use.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import Study, load_study
 from pipeline.config.schema import RunConfig
 from pipeline.errors import PreflightError
 from pipeline.store.location import Location
-from pipeline.store.provenance import provenance
+from pipeline.store.provenance import provenance, redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -30,6 +33,9 @@ LIMIT_BYTES = 100 * 2**20
 """What a dashboard takes in one upload."""
 
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+RETRY_S = 1.0
+PATIENCE_S = 60.0
+"""How long a dashboard may be away while a job is followed, and a job may take to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,40 @@ class Submission:
 
     def follow(self) -> str:
         """The command that shows its output until it ends."""
-        return f"ray job logs --address {self.address} --follow {self.id}"
+        return f"krony job follow {self.id} --address {self.address}"
 
     def stop(self) -> str:
         """The command that ends it; what is finished stays."""
-        return f"ray job stop --address {self.address} {self.id}"
+        return f"krony job stop {self.id} --address {self.address}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """What a cluster says about one of its jobs."""
+
+    id: str
+    status: str
+    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    started: str
+    """ISO time in UTC, to the second; empty before."""
+    ended: str
+    command: str
+    code: int | None
+    """Exit code of the command; None while it runs, or where it never ran."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self.status in ENDED
+
+    @property
+    def exit_code(self) -> int:
+        """What to leave with: 0 succeeded, 130 stopped, else the code of the command, or 1."""
+        if self.status == "SUCCEEDED":
+            return 0
+        if self.status == "STOPPED":
+            return 130
+        return self.code if self.code in (1, 2, 3, 130) else 1
 
 
 def plan_upload(folder: Path = PROJECT, *, limit_bytes: int = LIMIT_BYTES) -> Upload:
@@ -133,8 +168,14 @@ def entrypoint(
 ) -> str:
     """The command line of the job, quoted for a shell. `python` is looked up on the node, not here.
 
-    Raises PreflightError for a config file that would not be sent.
+    Raises PreflightError for a config file that would not be sent, and for a password among the words: who
+    sees the dashboard sees the command.
     """
+    if redact(words) != list(words):
+        raise PreflightError(
+            f"{shlex.join(redact(words))}: a job's command is shown to all who see the dashboard; give secrets "
+            "by the environment of the nodes: MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD, AWS_…"
+        )
     path = config.expanduser().resolve()
     sent = path.relative_to(upload.folder).as_posix() if path.is_relative_to(upload.folder) else ""
     if sent not in upload.files:
@@ -187,6 +228,103 @@ def submit(address: str, name: str, command: str, upload: Upload) -> Submission:
             return Submission(own, address, is_new=False)
         raise PreflightError(f"{address}: refused the job ({_reason(err)})") from err
     return Submission(own, address, is_new=True)
+
+
+def jobs(address: str) -> list[JobState]:
+    """Our jobs that the cluster remembers, the newest first. Raises PreflightError as `submit` does."""
+    found = [_state(job) for job in _client(address).list_jobs() if _is_ours(job)]
+    return sorted(found, key=lambda job: job.started or "~", reverse=True)
+
+
+def find_job(address: str, name: str) -> JobState:
+    """One job by its name; raises PreflightError with the names there are."""
+    known = [_state(job) for job in _client(address).list_jobs() if job.submission_id]
+    if found := [job for job in known if job.id == name]:
+        return found[0]
+    names = ", ".join(sorted(job.id for job in known)) or "none"
+    raise PreflightError(f"{address}: no job {name!r}; there are: {names}")
+
+
+def follow(address: str, name: str, show: Callable[[str], None]) -> JobState:
+    """Hand on what the job writes until it ends; a connection that breaks is taken up where it was.
+
+    Raises PreflightError for a name that the cluster does not know, or when it is gone for a minute.
+    """
+    find_job(address, name)
+    client, echo, lost_s = _client(address), _Echo(show), 0.0
+    while True:
+        try:
+            asyncio.run(_tail(client, name, echo))
+            state, lost_s = _state(client.get_job_info(name)), 0.0
+            if state.is_over:
+                echo.begin()
+                echo.take(str(client.get_job_logs(name)))
+                return state
+        except (OSError, RuntimeError) as err:  # the dashboard is away: what Ray's client raises
+            lost_s += RETRY_S
+            if lost_s > PATIENCE_S:
+                raise PreflightError(
+                    f"{address}: the dashboard is gone ({_reason(err)}); the job may go on: "
+                    f"krony job follow {name}"
+                ) from err
+        time.sleep(RETRY_S)
+
+
+def stop(address: str, name: str) -> JobState:
+    """Ask a job to end, as Ctrl-C does, and wait until it has. One that is over stays as it is."""
+    if find_job(address, name).is_over:
+        return find_job(address, name)
+    client = _client(address)
+    client.stop_job(name)
+    until = time.monotonic() + PATIENCE_S
+    while not (state := _state(client.get_job_info(name))).is_over and time.monotonic() < until:
+        time.sleep(RETRY_S)
+    return state
+
+
+class _Echo:
+    """Hands on a text that is read from its beginning again and again, every part of it once."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show, self._at, self._shown = show, 0, 0
+
+    def begin(self) -> None:
+        """The next part is the first one."""
+        self._at = 0
+
+    def take(self, part: str) -> None:
+        """The next part."""
+        new = part[max(0, self._shown - self._at) :]
+        self._at += len(part)
+        self._shown = max(self._shown, self._at)
+        if new:
+            self._show(new)
+
+
+async def _tail(client: "JobSubmissionClient", name: str, echo: _Echo) -> None:
+    echo.begin()
+    async for part in client.tail_job_logs(name):
+        echo.take(part)
+
+
+def _is_ours(job: Any) -> bool:
+    return str(job.submission_id or "").startswith("krony-")
+
+
+def _state(job: Any) -> JobState:
+    def when(milliseconds: int | None) -> str:
+        if not milliseconds:
+            return ""
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+
+    return JobState(
+        id=str(job.submission_id),
+        status=str(getattr(job.status, "value", job.status)),
+        started=when(job.start_time),
+        ended=when(job.end_time),
+        command=str(job.entrypoint),
+        code=job.driver_exit_code,
+    )
 
 
 def dashboard_address(given: str) -> str:

@@ -20,16 +20,6 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120
-WATCH = """
-import sys, time
-from ray.job_submission import JobSubmissionClient
-client = JobSubmissionClient(sys.argv[1])
-while not client.get_job_status(sys.argv[2]).is_terminal():
-    time.sleep(0.5)
-print(client.get_job_status(sys.argv[2]).value)
-print(client.get_job_logs(sys.argv[2]))
-"""
-
 LEFT = """
 import json, sys, time
 from pipeline.cluster import connect
@@ -122,6 +112,10 @@ def krony_submit(python, head: Head, *, keys: dict[str, str]) -> subprocess.Comp
     return python("-m", "jobs.submit", *own, *job, cwd=PROJECT, env=keys)
 
 
+def krony_job(python, head: Head, *words: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "jobs.job", *words, "--address", head.address, cwd=PROJECT, env=head.secrets)
+
+
 def test_nobody_submits_without_the_token(python, head: Head, tmp_path: Path):
     wrong = tmp_path / "token"
     wrong.write_text(secrets.token_hex(32))
@@ -141,12 +135,35 @@ def test_a_job_runs_once_at_a_time_under_its_own_name(python, head: Head):
     one, two = json.loads(first.stdout), json.loads(second.stdout)
     assert (one["is_new"], two["is_new"]) == (True, False)
     assert one["id"] == two["id"]
-    watched = python("-c", WATCH, head.address, one["id"], env=head.secrets)
-    assert watched.stdout.startswith("SUCCEEDED"), watched.stdout + watched.stderr
-    assert "corpus/pydocs-" in watched.stdout
+    watched = krony_job(python, head, "follow", one["id"])
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    assert watched.stdout.count("corpus/pydocs-") == 1
+    assert watched.stdout.endswith(f"{one['id']} succeeded\n")
     third = json.loads(krony_submit(python, head, keys=head.secrets).stdout)
     assert third["is_new"]
     assert third["id"] == f"{one['id']}-r2"
+
+
+@pytest.mark.nightly
+def test_a_job_that_fails_or_is_stopped_says_so_by_its_exit_code(python, head: Head):
+    own = ["--address", head.address, "--python", sys.executable]
+    store = ["--store", str(head.folder / "other")]
+    words = ["report", "configs/smoke.toml", *store, "--explain", "nothing"]
+    failed = python("-m", "jobs.submit", *own, "--follow", *words, cwd=PROJECT, env=head.secrets)
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert failed.stdout.splitlines()[-1].endswith("failed")
+    words = ["prepare", "configs/smoke.toml", *store]
+    began = python("-m", "jobs.submit", *own, "--json", *words, cwd=PROJECT, env=head.secrets)
+    name = json.loads(began.stdout)["id"]
+    stopped = krony_job(python, head, "stop", name)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert stopped.stdout == f"job       {name} stopped\n"
+    assert krony_job(python, head, "follow", name).returncode == 130
+    listed = json.loads(krony_job(python, head, "list", "--json").stdout)
+    assert [job["status"] for job in listed if job["id"] == name] == ["STOPPED"]
+    unknown = krony_job(python, head, "follow", "krony-run-00000000")
+    assert unknown.returncode == 3
+    assert name in unknown.stderr
 
 
 @pytest.mark.nightly

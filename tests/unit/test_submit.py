@@ -215,6 +215,49 @@ def test_a_plan_sends_nothing(capsys):
     assert "MiB" in shown
 
 
+def test_what_a_job_wrote_is_shown_once_however_often_the_connection_breaks():
+    text, shown = "one\ntwo\nthree\nfour\n", []
+    echo = submit._Echo(shown.append)
+    for parts in (["one\n", "tw"], ["on", "e\ntwo\nth"], [], ["one\ntwo\nthree\n"], [text]):
+        echo.begin()
+        for part in parts:
+            echo.take(part)
+    assert "".join(shown) == text
+    assert all(shown)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "left_with"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("STOPPED", -15, 130),
+        ("FAILED", 2, 2),
+        ("FAILED", 130, 130),
+        ("FAILED", -9, 1),
+        ("FAILED", 137, 1),
+        ("FAILED", None, 1),
+    ],
+)
+def test_the_exit_code_of_a_job_is_one_of_ours(status: str, code: int | None, left_with: int):
+    state = submit.JobState(id="j", status=status, started="", ended="", command="", code=code)
+    assert state.is_over
+    assert state.exit_code == left_with
+
+
+@pytest.mark.parametrize("words", [["follow"], ["stop"], ["list", "krony-run-1"]])
+def test_a_job_needs_a_name_and_a_list_none(words: list[str], capsys):
+    assert cli.main(["job", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "name" in line
+
+
+def test_a_job_of_nobody_is_one_line_and_exit_code_3(free_port: int, capsys):
+    address = f"http://127.0.0.1:{free_port}"
+    assert cli.main(["job", "follow", "krony-run-1", "--address", address]) == 3
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(free_port) in line
+
+
 def test_git_and_ray_agree_on_what_is_source():
     listed = subprocess.run(
         ["git", "ls-files", *PACKAGES], cwd=PROJECT, capture_output=True, text=True, check=False

@@ -1,6 +1,8 @@
 """cluster.yaml: Ray's own schema accepts it, and what keeps strangers out stays in it."""
 
 import copy
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,8 @@ def test_idle_machines_are_given_back(cluster: dict[str, Any]):
 
 
 def test_nobody_else_gets_in(cluster: dict[str, Any]):
-    (rule,) = cluster["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert all(place["CidrIp"].endswith("/32") for place in rule["IpRanges"])
+    # A node without a group gets one from Ray, which opens port 22 to 0.0.0.0/0 whatever else it is told.
+    assert all(node["node_config"]["SecurityGroupIds"] for node in cluster["available_node_types"].values())
     starts = [
         line for line in cluster["head_start_ray_commands"] if "ray start" in line or "mlflow server" in line
     ]
@@ -57,6 +58,35 @@ def test_nobody_else_gets_in(cluster: dict[str, Any]):
     for line in (*starts[:1], *cluster["worker_start_ray_commands"][1:]):
         assert "RAY_AUTH_MODE=token" in line
     assert "~/.ray/auth_token" in cluster["file_mounts"]
+
+
+def test_nodes_get_every_package_and_not_what_lies_about(cluster: dict[str, Any]):
+    packages = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    sent = {to: path for to, path in cluster["file_mounts"].items() if to.startswith("~/krony")}
+    assert all(to == f"~/krony/{path}" and (PROJECT / path).exists() for to, path in sent.items())
+    read_by_bootstrap = {".ci", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
+    assert (
+        set(sent.values()) == {each.rstrip("*") for each in packages["find"]["include"]} | read_by_bootstrap
+    )
+
+
+def test_what_the_autoscaler_needs_is_not_what_work_needs(cluster: dict[str, Any]):
+    profiles = {
+        name: node["node_config"]["IamInstanceProfile"]["Name"]
+        for name, node in cluster["available_node_types"].items()
+    }
+    assert profiles == {"head": "krony-head", "cpu": "krony", "gpu": "krony"}
+    page = (PROJECT / "docs" / "cluster.md").read_text()
+    (made,) = re.findall(r"^for name in ([\w -]+); do$", page, re.MULTILINE)
+    assert set(made.split()) == set(profiles.values())
+
+
+def test_a_check_for_mlflow_does_not_find_itself(cluster: dict[str, Any]):
+    (line,) = (each for each in cluster["head_start_ray_commands"] if "mlflow server" in each)
+    assert "pgrep" not in line
+    check, _, rest = line.partition("||")
+    assert "/dev/tcp/127.0.0.1/5000" in check
+    assert "--host 127.0.0.1 --port 5000" in rest
 
 
 def test_nodes_get_the_lock_and_no_version_of_their_own(cluster: dict[str, Any]):

@@ -6,12 +6,10 @@ Teacher and students are trained by the same code and differ only in where they 
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config.identity import identity_fields
 from pipeline.config.schema import RunConfig, ScratchTeacher
@@ -22,6 +20,7 @@ from pipeline.progress import Progress
 from pipeline.store.alone import alone
 from pipeline.store.artifacts import Artifact, Attempt
 from pipeline.store.location import Location
+from pipeline.store.scratch import scratch_folder
 from pipeline.tracking.jsonl import HistoryWriter, read_history
 from pipeline.tracking.tracker import NullTracker, Scalar, Tracker, flatten, open_tracker, replay
 from pipeline.train.request import Driver, FitRequest, FitResult, Row, ShouldStop
@@ -107,12 +106,10 @@ def _random_teacher(teacher: ScratchTeacher, vocab_size: int, place: Location) -
         n_ctx=teacher.n_ctx,
         vocab_size=vocab_size,
     )
-    with tempfile.TemporaryDirectory(prefix="krony-") as folder:
-        save_native(GPT2(ModelSpec.dense(arch)).init_weights(seed=teacher.seed), Path(folder))
-        place.put_file("model.safetensors", Path(folder) / "model.safetensors")
-        place.put_file(
-            "config.json", Path(folder) / "config.json"
-        )  # last: it says that the start is complete
+    with scratch_folder() as folder:
+        save_native(GPT2(ModelSpec.dense(arch)).init_weights(seed=teacher.seed), folder)
+        place.put_file("model.safetensors", folder / "model.safetensors")
+        place.put_file("config.json", folder / "config.json")  # last: it says that the start is complete
 
 
 def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Artifact:

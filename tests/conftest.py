@@ -23,7 +23,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Sockets below it may have paths of about 100 characters, so it is short and not pytest's own.
 SCRATCH = Path(tempfile.mkdtemp(prefix="kt-"))
 
-FOREIGN = ("HF_", "KRONY_", "MLFLOW_", "RAY_", "TIKTOKEN_", "TUNE_")
+FOREIGN = ("AWS_", "HF_", "KRONY_", "MLFLOW_", "RAY_", "TIKTOKEN_", "TUNE_")
 KEPT = ("KRONY_SHARED", "TIKTOKEN_CACHE_DIR")
 OWN = {
     "HOME": str(SCRATCH / "home"),
@@ -132,6 +132,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def data_lab() -> ModuleType:
     """A small corpus to prepare, with Ray and without: the module `data_lab.py`."""
     return import_module("data_lab")
+
+
+@pytest.fixture(scope="session")
+def crash_lab() -> ModuleType:
+    """Writers of the store that can be made to die anywhere: the module `crash_lab.py`."""
+    return import_module("crash_lab")
+
+
+@pytest.fixture(scope="session")
+def s3_lab() -> ModuleType:
+    """An S3 server on loopback with a bad network in front of it: the module `s3_lab.py`."""
+    return import_module("s3_lab")
 
 
 @pytest.fixture(scope="session")

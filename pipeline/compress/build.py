@@ -8,8 +8,6 @@ parameters before a weight is touched, and what was built must have it. Each rep
 import json
 import time
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from model.compress.methods import make_method, make_plan
 from model.compress.stats_file import load_stats
@@ -20,6 +18,7 @@ from pipeline.compress.outlook import budget_of
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CompressError
 from pipeline.store.artifacts import Artifact, Identity, Store
+from pipeline.store.scratch import scratch_folder
 
 REPORT = "report.json"
 
@@ -51,8 +50,7 @@ def build_init(
     counted = sum(parameter.numel() for parameter in compressed.model.parameters())
     assert counted == plan.num_parameters, f"planned {plan.num_parameters:,} parameters, built {counted:,}"
     rows = [asdict(row) for row in compressed.report]
-    with store.attempt(identity, force=force) as attempt, TemporaryDirectory(prefix="krony-") as scratch:
-        folder = Path(scratch)
+    with store.attempt(identity, force=force) as attempt, scratch_folder() as folder:
         save_native(compressed.model, folder)
         (folder / REPORT).write_text(json.dumps(rows, indent=1))
         attempt.location.put_folder(folder)

@@ -9,8 +9,6 @@ import itertools
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +25,7 @@ from pipeline.data.batches import Batches, TokenStream
 from pipeline.errors import CompressError, DataError, KronyError, PreflightError
 from pipeline.progress import Progress
 from pipeline.store.artifacts import Artifact, Identity, Store
+from pipeline.store.scratch import scratch_folder
 
 
 def calibrate(
@@ -51,9 +50,9 @@ def calibrate(
     with Progress("stats", config.sequences, unit="sequences", quiet=quiet) as progress:
         progress.update(0)
         stats = _on_ray(whole, workers, ray, progress, quiet=quiet) if workers else _here(whole, progress)
-    with store.attempt(identity, force=force) as attempt, TemporaryDirectory(prefix="krony-") as scratch:
-        save_stats(stats, Path(scratch))
-        attempt.location.put_folder(Path(scratch))
+    with store.attempt(identity, force=force) as attempt, scratch_folder() as scratch:
+        save_stats(stats, scratch)
+        attempt.location.put_folder(scratch)
         settings = {"calibrate_s": round(time.monotonic() - began, 2), "workers": ray.workers}
         return attempt.publish(metrics=_metrics(stats), settings=settings)
 

@@ -5,7 +5,6 @@ What is published never changes; a card that knows later scores is written where
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from model.config import ModelError
 from model.export import load_native
@@ -17,6 +16,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import CompressError
 from pipeline.store.artifacts import Artifact, Identity, Store
 from pipeline.store.location import Location
+from pipeline.store.scratch import scratch_folder
 
 NANOGPT = "nanogpt/ckpt.pt"
 
@@ -32,10 +32,10 @@ def export_model(
             f"{run.record.address}: model has {model.spec.arch.vocab_size:,} tokens, tokenizer "
             f"{tokenizer.record.address} has {encoding.n_vocab:,}; use the tokenizer that it was trained with"
         )
-    with store.attempt(identity, force=force) as attempt, TemporaryDirectory(prefix="krony-") as scratch:
+    with store.attempt(identity, force=force) as attempt, scratch_folder() as scratch:
         card = card_of(run, tokenizer, store)
-        written = write_folders(model, Path(scratch), card=card, where=run.record.address, encoding=encoding)
-        attempt.location.put_folder(Path(scratch))
+        written = write_folders(model, scratch, card=card, where=run.record.address, encoding=encoding)
+        attempt.location.put_folder(scratch)
         spec = model.spec
         metrics = {
             "parameters": spec.num_parameters("tied_all"),
@@ -54,8 +54,8 @@ def hand_out(
 
     `nanogpt` adds the dense form as nanoGPT names it. Files of the same name are replaced one by one.
     """
-    with TemporaryDirectory(prefix="krony-") as scratch:
-        here = Path(scratch) / "model"
+    with scratch_folder() as scratch:
+        here = scratch / "model"
         shutil.copytree(model.folder(), here)
         write_cards(here, with_scores(card_of(run, tokenizer, store), run, store))
         if nanogpt:

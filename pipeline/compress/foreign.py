@@ -6,7 +6,6 @@ structure the method `dense` carries on with, so an imported model can be traine
 
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from model.config import ModelError
 from model.nanogpt import Layout, from_checkpoint, read_checkpoint
@@ -15,6 +14,7 @@ from pipeline.compress.folders import write_folders
 from pipeline.data.tokenizer import read_gpt2
 from pipeline.errors import CompressError, PreflightError
 from pipeline.store.location import Location, sha256_file
+from pipeline.store.scratch import scratch_folder
 
 FAMILY: dict[Layout, str] = {
     "nanogpt": "nanoGPT",
@@ -76,9 +76,9 @@ def import_checkpoint(
         ),
         has_tokenizer=encoding is not None,
     )
-    with TemporaryDirectory(prefix="krony-") as scratch:
-        written = write_folders(model, Path(scratch), card=card, where=str(path), encoding=encoding)
-        Location.of(out).put_folder(Path(scratch))
+    with scratch_folder() as scratch:
+        written = write_folders(model, scratch, card=card, where=str(path), encoding=encoding)
+        Location.of(out).put_folder(scratch)
     return Imported(
         layout=FAMILY[checkpoint.layout],
         parameters=spec.num_parameters("tied_all"),

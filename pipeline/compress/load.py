@@ -16,8 +16,8 @@ def load_model(artifact: Artifact) -> GPT2:
     """
     prefix = "native/" if artifact.record.kind == "model" else ""
     for name in NATIVE_FILES:
-        artifact.path(prefix + name)  # present, and on this node
+        artifact.require(prefix + name)
     try:
-        return load_native(artifact.folder(prefix.rstrip("/"))).eval()
+        return load_native(artifact.folder(prefix.rstrip("/"), only=NATIVE_FILES)).eval()
     except ModelError as err:
         raise CompressError(f"{artifact.record.address}: {err}") from err

@@ -4,7 +4,6 @@ A local folder is laid out as stock GPT-2 or as a native one of ours; what is st
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from model.config import ModelError
 from model.export import FORMAT, load_native, save_native
@@ -13,6 +12,7 @@ from pipeline.config.schema import HubTeacher
 from pipeline.errors import CompressError, PreflightError
 from pipeline.progress import say
 from pipeline.store.artifacts import Artifact, Identity, Store
+from pipeline.store.scratch import scratch_folder
 
 _WANTED = ("config.json", "*.safetensors")
 
@@ -29,9 +29,9 @@ def import_teacher(config: HubTeacher, identity: Identity, store: Store, *, forc
         model = load_native(folder) if native else load_stock(folder)
     except ModelError as err:
         raise CompressError(f"{folder}: {err}") from err
-    with store.attempt(identity, force=force) as attempt, TemporaryDirectory(prefix="krony-") as scratch:
-        save_native(model, Path(scratch))
-        attempt.location.put_folder(Path(scratch))
+    with store.attempt(identity, force=force) as attempt, scratch_folder() as scratch:
+        save_native(model, scratch)
+        attempt.location.put_folder(scratch)
         metrics = {
             "parameters": model.spec.num_parameters("tied_all"),
             "krony_parameters": model.spec.num_parameters("krony_no_wpe"),

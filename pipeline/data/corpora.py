@@ -5,10 +5,8 @@ names parquet tables that already hold the documents, which are then left where 
 config class, a file with its source, and a line here. Light to import: addresses are computed with it.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.schema import RayConfig
@@ -114,18 +112,20 @@ def build_corpus(
                 "documents": manifest.documents,
                 "text_bytes": manifest.text_bytes,
                 "files": len(manifest.files),
-            }
+            },
+            written={file.name: file.sha256 for file in manifest.files},
         )
 
 
 def extract(task: Extraction) -> "list[TextFile]":
     """Write the documents of one partition; what a task does."""
     from pipeline.data.tables import write_documents
+    from pipeline.store.scratch import scratch_folder
 
-    with tempfile.TemporaryDirectory(prefix="krony-") as folder:
+    with scratch_folder() as folder:
         return write_documents(
             source_of(task.config).read(task.partition),
-            scratch=Path(folder),
+            scratch=folder,
             location=task.target,
             stem=f"documents-{task.number:05d}",
             side=task.partition.side,

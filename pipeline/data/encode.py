@@ -4,10 +4,8 @@ No token leaves the task. Memory holds one row group and one document. The bytes
 a task that runs twice, here or on another node, changes nothing. Nothing here knows Ray.
 """
 
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import tiktoken
@@ -19,6 +17,7 @@ from pipeline.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, ShardWri
 from pipeline.data.splits import Positions
 from pipeline.data.tokenizer import encode_document, load_tokenizer
 from pipeline.store.location import Location, sha256_file
+from pipeline.store.scratch import scratch_folder
 
 SIDES: tuple[Side, ...] = ("train", "val")
 
@@ -49,8 +48,8 @@ def make_shard(
     encoding = _tokenizer(job.tokenizer)
     split = Split(name=job.split, fraction=job.fraction, validation=validation)
     sizes = dict.fromkeys(SIDES, 0)
-    with tempfile.TemporaryDirectory(prefix="krony-") as folder:
-        paths = {side: Path(folder) / f"{shard_name(side, shard.index)}.bin" for side in SIDES}
+    with scratch_folder() as folder:
+        paths = {side: folder / f"{shard_name(side, shard.index)}.bin" for side in SIDES}
         with ShardWriter(paths["train"]) as train, ShardWriter(paths["val"]) as val:
             writers = {"train": train, "val": val}
             for side, text in sided_texts(

@@ -9,12 +9,10 @@ import itertools
 import logging
 import math
 import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,6 +42,7 @@ from pipeline.errors import DataError, KronyError
 from pipeline.progress import Progress
 from pipeline.store.artifacts import Artifact, Identity, Store
 from pipeline.store.location import Location
+from pipeline.store.scratch import scratch_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -95,7 +94,8 @@ def prepare_tokens(
                         progress.update(len(sidecars) // 2, tokens_per_s=rate)
         metrics = _metrics(plan, sidecars, tokenizer)
         settings = {"tokens_per_s": round(made / (time.monotonic() - begin)), "tokens_made": made}
-        return attempt.publish(metrics=metrics, settings=settings)
+        written = {f"{sidecar.shard}.bin": sidecar.sha256 for sidecar in sidecars}
+        return attempt.publish(metrics=metrics, settings=settings, written=written)
 
 
 # --- plan -------------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def find_repeats(data: Corpus, *, ray: RayConfig, quiet: bool = False) -> Positi
     """
     manifest = data.manifest
     numbers = range(len(manifest.files))
-    with tempfile.TemporaryDirectory(prefix="krony-") as folder:
-        path = Path(folder) / "keys"
+    with scratch_folder() as folder:
+        path = folder / "keys"
         keys: Keys = np.memmap(path, dtype=np.uint8, mode="w+", shape=(manifest.documents, KEY_BYTES))
         found = (
             (data.keys(number) for number in numbers)  # reading stored ids is not worth a task

@@ -24,7 +24,7 @@ import torch
 from model.export import to_dense
 from model.gpt2 import GPT2
 from pipeline.compress.folders import check_logits
-from pipeline.compress.load import load_model
+from pipeline.compress.load import NATIVE_FILES, load_model
 from pipeline.compress.served import serve
 from pipeline.config.speed import FEWEST_ROUNDS, SpeedConfig
 from pipeline.errors import EvaluateError, PreflightError
@@ -204,7 +204,7 @@ def _memory(
         native = str(model.folder("native"))
         return resident_peaks(
             {
-                "dense": Weights(str(teacher.folder()), is_materialised=False),
+                "dense": Weights(str(teacher.folder(only=NATIVE_FILES)), is_materialised=False),
                 "factored": Weights(native, is_materialised=False),
                 "materialised": Weights(native, is_materialised=True),
             },

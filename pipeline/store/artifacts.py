@@ -12,16 +12,16 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
-from pipeline.store.location import Location, sha256_file
+from pipeline.store.location import Location, Promise
 from pipeline.store.provenance import provenance
 from pipeline.store.records import KINDS, FileInfo, InputRef, Record
 
@@ -66,32 +66,47 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A finished artifact: its record and where its payload lies."""
+    """A finished artifact: its record and where its payload lies, which is never read but as recorded."""
 
     record: Record
     location: Location
 
     def path(self, name: str) -> Path:
         """One payload file as a local path; raises StoreError if the artifact has no such file."""
+        self.require(name)
+        return self.location.local(name)
+
+    def require(self, name: str) -> None:
+        """Raise StoreError if the artifact has no such file."""
         if name not in self.record.files:
             raise StoreError(
                 f"{self.record.address} holds no file {name!r}; it has {', '.join(self.record.files)}"
             )
-        return self.location.local(name, sha256=self.record.files[name].sha256)
 
-    def folder(self, prefix: str = "") -> Path:
-        """The payload, or the part below `prefix`, as a local folder."""
-        return self.location.local_folder(prefix)
+    def folder(self, prefix: str = "", *, only: Collection[str] = ()) -> Path:
+        """The payload, the part below `prefix`, or its files `only`, as a local folder."""
+        return self.location.local_folder(prefix, only=only)
 
     def verify(self) -> None:
-        """Hash every file again; raises StoreError naming the first that differs from its record."""
+        """Hash every file again, in the store; raises StoreError naming the first that is not as recorded."""
         for name, info in self.record.files.items():
-            found = sha256_file(self.path(name))
+            found = self.location.sha256(name)
             if found != info.sha256:
                 raise StoreError(
                     f"{self.record.address}/{name}: sha256 {found[:12]}…, record says {info.sha256[:12]}…; "
-                    f"the file was changed: rebuild with `krony {BUILT_BY[self.record.kind]} … --force`"
+                    f"the file was changed: {remedy(self.record.kind)}"
                 )
+
+
+def remedy(kind: str) -> str:
+    """What makes an artifact of a kind again."""
+    return f"rebuild with `krony {BUILT_BY.get(kind, 'run')} … --force`"
+
+
+def _artifact(record: Record, attempts: Location) -> Artifact:
+    """The artifact of a record below `attempts`; what is read of its payload is held against the record."""
+    promise = Promise({key: info.sha256 for key, info in record.files.items()}, remedy(record.kind))
+    return Artifact(record, replace(attempts.child(record.attempt), promise=promise))
 
 
 @dataclass(slots=True)
@@ -105,12 +120,28 @@ class Attempt:
     started: str
     artifact: Artifact | None = None
 
-    def publish(self, *, metrics: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Artifact:
-        """Digest the payload, put the record, and return the finished artifact."""
+    def publish(
+        self,
+        *,
+        metrics: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+        written: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """Digest the payload, put the record, and return the finished artifact.
+
+        `written` holds the sha256 of files as their writers knew them: one that is something else by now is
+        removed and named by a StoreError, and a rerun makes it again.
+        """
         files = {}
-        for key in self.location.list():
-            path = self.location.local(key)
-            files[key] = FileInfo(bytes=path.stat().st_size, sha256=sha256_file(path))
+        for key, size in self.location.sizes().items():
+            files[key] = FileInfo(bytes=size, sha256=self.location.sha256(key))
+        for key, expected in (written or {}).items():
+            if key in files and files[key].sha256 != expected:
+                self.location.delete(key)
+                raise StoreError(
+                    f"{self.location.uri}/{key}: changed since it was written, and removed; the same "
+                    "command makes it again"
+                )
         if not files:
             raise StoreError(f"{self.identity.address}: nothing was written, so there is nothing to publish")
         inputs = {}
@@ -132,7 +163,7 @@ class Attempt:
             finished=_now(),
         )
         self.store.root.child(self.identity.address).put_bytes("record.json", record.to_json())
-        self.artifact = Artifact(record, self.location)
+        self.artifact = _artifact(record, self.store.root.child(self.identity.address))
         return self.artifact
 
 
@@ -181,7 +212,8 @@ class Store:
                     data = self.root.read_bytes(f"{address}/record.json")
                 except FileNotFoundError:
                     continue
-                found.append(Record.from_json(data, where=f"{self.root.uri}/{address}/record.json"))
+                record = Record.from_json(data, where=f"{self.root.uri}/{address}/record.json")
+                found.append(self._at_home(record, address))
         return found
 
     def unfinished(self) -> list[str]:
@@ -203,7 +235,7 @@ class Store:
         folder of its own. `force` opens the next number even where an unfinished or a finished one stands.
         """
         base = self.root.child(identity.address)
-        numbers = [int(name.split("-")[0]) for name in base.folders() if name.split("-")[0].isdigit()]
+        numbers = [int(name.split("-")[0]) for name in base.folders() if name.split("-")[0].isdecimal()]
         newest = max(numbers, default=0)
         done = self._read(identity.address, fingerprint=identity.fingerprint, check_files=False)
         if resume:
@@ -225,28 +257,35 @@ class Store:
                 f"{where}: fingerprint {record.fingerprint[:16]}…, expected {fingerprint[:16]}…; "
                 "it belongs to another config: use another --store or --force"
             )
-        if record.address != address:
-            raise StoreError(f"{where}: says it is {record.address}; the folder was renamed: move it back")
-        location = self.root.child(f"{address}/{record.attempt}")
-        for key, info in record.files.items() if check_files else ():
-            self._check_size(location, key, info, record)
-        return Artifact(record, location)
+        self._at_home(record, address)
+        artifact = _artifact(record, self.root.child(address))
+        if check_files:
+            self._check_sizes(artifact)
+        return artifact
 
-    def _check_size(self, location: Location, key: str, info: FileInfo, record: Record) -> None:
-        builder = f"rebuild with `krony {BUILT_BY.get(record.kind, 'run')} … --force`"
-        for delay_s in (0.0, 0.5, 1.5, None):  # a network file system may show a file late
-            try:
-                found = location.size(key)
-            except FileNotFoundError:
-                if delay_s is None or (location.is_local and delay_s > 0.5):
-                    raise StoreError(f"{record.address}/{key}: file is missing; {builder}") from None
-                time.sleep(delay_s)
-                continue
+    def _at_home(self, record: Record, address: str) -> Record:
+        if record.address != address:
+            where = f"{self.root.uri}/{address}/record.json"
+            raise StoreError(f"{where}: says it is {record.address}; the folder was renamed: move it back")
+        return record
+
+    def _check_sizes(self, artifact: Artifact) -> None:
+        record, location = artifact.record, artifact.location
+        sizes = {} if location.is_local else location.sizes()  # there one request tells a thousand
+        for key, info in record.files.items():
+            found = sizes[key] if key in sizes else self._size(location, key, record)
             if found != info.bytes:
                 raise StoreError(
-                    f"{record.address}/{key}: {found:,} bytes, record says {info.bytes:,}; {builder}"
+                    f"{record.address}/{key}: {found:,} bytes, record says {info.bytes:,}; "
+                    f"{remedy(record.kind)}"
                 )
-            return
+
+    def _size(self, location: Location, key: str, record: Record) -> int:
+        for delay_s in (0.0, 0.5) if location.is_local else (0.0, 0.5, 1.5):
+            time.sleep(delay_s)  # a network file system may show a file late
+            with suppress(FileNotFoundError):
+                return location.size(key)
+        raise StoreError(f"{record.address}/{key}: file is missing; {remedy(record.kind)}")
 
 
 def _now() -> str:

@@ -1,26 +1,43 @@
 """A URI as a set of files: one interface, one code path, on a disk, an NFS mount or an object store.
 
 Keys are relative POSIX paths. A put is atomic for its readers: on a file system temporary name, fsync,
-rename; on an object store one PUT. Nothing here knows artifacts.
+rename; on an object store one upload, see `objects`. Whoever knows what the files must be gives a promise of
+it, and then nothing else is ever read, wherever the damage came from. Nothing here knows artifacts.
 """
 
 import builtins
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import StoreError
+from pipeline.store.objects import (
+    READS,
+    blocks,
+    checked_uri,
+    digest,
+    open_filesystem,
+    patiently,
+    reading,
+    upload,
+    writing,
+)
 
 _PART = ".part"
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -57,15 +74,34 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@lru_cache(maxsize=64)
+def known_digest(path: Path) -> str:
+    """As `sha256_file`, once per process for each state of the file: its size, times and inode."""
+    status = path.stat()
+    return _digest(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(path: str, *_state: int) -> str:
+    return sha256_file(Path(path))
+
+
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (ValueError, OSError) as err:
-        raise StoreError(
-            f"store {uri!r} cannot be opened ({err}); expected a path or s3://bucket/prefix"
-        ) from err
-    return filesystem, path.rstrip("/")
+    return open_filesystem(uri)
+
+
+class ChangedError(StoreError):
+    """A file is not what was promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the files of a finished artifact are."""
+
+    sha256: Mapping[str, str]
+    """Digest by key."""
+
+    remedy: str
+    """What makes them again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +110,16 @@ class Location:
 
     uri: str
 
+    promise: Promise | None = field(default=None, compare=False, repr=False)
+    """Files that are held against their digest whenever they are opened."""
+
     @staticmethod
     def of(uri: str | Path) -> "Location":
         """A location from what people write: `~`, relative paths and `file://` become absolute paths."""
         text = str(uri)
         text = text.removeprefix("file://")
         if "://" in text:
-            return Location(text.rstrip("/"))
+            return Location(checked_uri(text))
         return Location(str(Path(text).expanduser().resolve()))
 
     @property
@@ -90,40 +129,37 @@ class Location:
 
     def child(self, key: str) -> "Location":
         """The location below `key`."""
-        return Location(f"{self.uri}/{checked_key(key)}")
+        promise, above = self.promise, f"{key}/"
+        if promise:
+            below = {k.removeprefix(above): v for k, v in promise.sha256.items() if k.startswith(above)}
+            promise = Promise(below, promise.remedy)
+        return Location(f"{self.uri}/{checked_key(key)}", promise)
 
     # --- write ----------------------------------------------------------------------------------------------
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Write `data` under `key`, atomically."""
-        if self.is_local:
-            with self._writing(key), replacing(self._path(key)) as scratch:
-                scratch.write_bytes(data)
-            return
-        filesystem, root = _filesystem(self.uri)
-        with self._writing(key), filesystem.open_output_stream(f"{root}/{checked_key(key)}") as stream:
-            stream.write(data)
+        with writing(f"{self.uri}/{key}"):
+            if self.is_local:
+                with replacing(self._path(key)) as scratch:
+                    scratch.write_bytes(data)
+            else:
+                self._upload(key, pa.py_buffer(data))
 
     def put_file(self, key: str, source: Path, *, move: bool = False) -> None:
         """Copy `source` to `key`, atomically; `move` may rename it instead, on one file system."""
-        if self.is_local:
-            with self._writing(key), replacing(self._path(key)) as scratch:
-                if move and source.stat().st_dev == scratch.parent.stat().st_dev:
-                    source.replace(scratch)
-                else:
-                    shutil.copyfile(source, scratch)
-        else:
-            filesystem, root = _filesystem(self.uri)
-            target = f"{root}/{checked_key(key)}"
-            with (
-                self._writing(key),
-                source.open("rb") as file,
-                filesystem.open_output_stream(target) as stream,
-            ):
-                while block := file.read(8 << 20):
-                    stream.write(block)
-        if move:
-            source.unlink(missing_ok=True)
+        with writing(f"{self.uri}/{key}"):
+            if not self.is_local:
+                with pa.memory_map(str(source)) if source.stat().st_size else pa.BufferReader(b"") as file:
+                    self._upload(key, file.read_buffer())
+            else:
+                with replacing(self._path(key)) as scratch:
+                    if move and source.stat().st_dev == scratch.parent.stat().st_dev:
+                        source.replace(scratch)
+                    else:
+                        shutil.copyfile(source, scratch)
+            if move:
+                source.unlink(missing_ok=True)
 
     def put_folder(self, source: Path, prefix: str = "") -> None:
         """Copy every file below `source`, each atomically, in sorted order."""
@@ -133,29 +169,33 @@ class Location:
 
     def delete(self, key: str) -> None:
         """Remove `key`; a missing one is fine."""
-        if self.is_local:
-            self._path(key).unlink(missing_ok=True)
-            return
-        filesystem, root = _filesystem(self.uri)
-        if self.exists(key):
-            filesystem.delete_file(f"{root}/{checked_key(key)}")
+        with writing(f"{self.uri}/{key}"):
+            if self.is_local:
+                self._path(key).unlink(missing_ok=True)
+                return
+            filesystem, root = _filesystem(self.uri)
+            with suppress(FileNotFoundError):
+                if self.exists(key):
+                    patiently(lambda: filesystem.delete_file(f"{root}/{checked_key(key)}"))
 
     # --- read -----------------------------------------------------------------------------------------------
 
     def read_bytes(self, key: str) -> bytes:
-        """The bytes under `key`; FileNotFoundError if there are none."""
-        try:
-            if self.is_local:
-                return self._path(key).read_bytes()
+        """The bytes under `key`; FileNotFoundError without any, ChangedError unless they are as promised."""
+        expected = self._promised(key)
+        for _ in range(1 if self.is_local else READS):
+            data = self._read(key) if self.is_local else b"".join(self._blocks(key))
+            if not expected or (found := hashlib.sha256(data).hexdigest()) == expected:
+                return data
+        raise self._changed(key, found, expected)
+
+    def sha256(self, key: str) -> str:
+        """Digest of what is stored under `key`, read now and from there; FileNotFoundError if nothing is."""
+        if not self.is_local:
             filesystem, root = _filesystem(self.uri)
-            with filesystem.open_input_stream(f"{root}/{checked_key(key)}") as stream:
-                return bytes(stream.read())
-        except (FileNotFoundError, NotADirectoryError) as err:
-            raise FileNotFoundError(f"{self.uri}/{key}") from err
-        except OSError as err:
-            raise StoreError(
-                f"{self.uri}/{key}: cannot be read ({err.strerror or err}); check the place"
-            ) from err
+            return digest(filesystem, f"{root}/{checked_key(key)}", where=f"{self.uri}/{key}")
+        with reading(f"{self.uri}/{key}"):
+            return sha256_file(self._path(key))
 
     def exists(self, key: str) -> bool:
         """Whether a file lies under `key`."""
@@ -170,58 +210,51 @@ class Location:
 
     def list(self, prefix: str = "") -> builtins.list[str]:
         """All keys below `prefix`, recursive and sorted, without temporary names."""
-        filesystem, root = self._filesystem()
-        base = f"{root}/{checked_key(prefix)}" if prefix else root
-        selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-        found = (i.path for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.File)
-        return sorted(path[len(root) + 1 :] for path in found if not path.endswith(_PART))
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every file below `prefix` by key, without temporary names; few requests for many files."""
+        _, root = self._filesystem()
+        found = (i for i in self._select(prefix, recursive=True) if i.type == pafs.FileType.File)
+        return {i.path[len(root) + 1 :]: int(i.size) for i in found if not i.path.endswith(_PART)}
 
     def folders(self, prefix: str = "") -> builtins.list[str]:
         """Names of the folders directly below `prefix`, sorted."""
-        filesystem, root = self._filesystem()
-        base = f"{root}/{checked_key(prefix)}" if prefix else root
-        selector = pafs.FileSelector(base, recursive=False, allow_not_found=True)
-        return sorted(
-            i.base_name for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.Directory
-        )
+        found = self._select(prefix, recursive=False)
+        return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
 
     def local(self, key: str, *, sha256: str = "") -> Path:
-        """A path that can be opened here: the file itself, or a copy in the cache of this node."""
-        if self.is_local:
-            path = self._path(key)
-            if not path.is_file():
-                raise FileNotFoundError(str(path))
-            return path
-        name = sha256 or hashlib.sha256(f"{self.uri}/{key}:{self.size(key)}".encode()).hexdigest()
-        target = node_cache() / name[:2] / name / PurePosixPath(key).name
-        if not target.exists():
-            filesystem, root = _filesystem(self.uri)
-            with (
-                replacing(target) as scratch,
-                filesystem.open_input_stream(f"{root}/{checked_key(key)}") as stream,
-                scratch.open("wb") as file,
-            ):
-                shutil.copyfileobj(stream, file, 8 << 20)
-                file.flush()
-                if sha256 and (found := sha256_file(scratch)) != sha256:
-                    raise StoreError(
-                        f"{self.uri}/{key}: read {found[:12]}…, expected {sha256[:12]}…; read it again"
-                    )
-        return target
+        """A path that can be opened here: the file itself, or a copy in the cache of this node.
 
-    def local_folder(self, prefix: str = "") -> Path:
-        """A folder that can be opened here and holds everything below `prefix`."""
+        FileNotFoundError if there is none, ChangedError if it is not what `sha256` or the promise says.
+        """
+        expected = sha256 or self._promised(key)
+        if not self.is_local:
+            name = expected or hashlib.sha256(f"{self.uri}/{key}:{self._stamp(key)}".encode()).hexdigest()
+            return self._fetch(key, node_cache() / name[:2] / name / PurePosixPath(key).name, expected)
+        path = self._path(key)
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.uri}/{key}")
+        if expected and (found := known_digest(path)) != expected:
+            raise self._changed(key, found, expected)
+        return path
+
+    def local_folder(self, prefix: str = "", *, only: Collection[str] = ()) -> Path:
+        """A folder that can be opened here and holds all below `prefix`, or its files `only`, as promised."""
+        above = f"{prefix}/" if prefix else ""
+        keys = [above + name for name in only]
         if self.is_local:
-            return self._path(prefix) if prefix else Path(self.uri)
-        keys = self.list(prefix)
-        stamp = "\n".join(f"{key}:{self.size(key)}" for key in keys)
+            promised = self.promise.sha256 if self.promise else {}
+            for key in promised:
+                if key in keys or (not keys and key.startswith(above)):
+                    self.local(key)
+            return Path(self.uri) / prefix
+        stamps = {key: self._promised(key) or self._stamp(key) for key in keys or self.list(prefix)}
+        stamp = "\n".join(f"{key}:{stamps[key]}" for key in sorted(stamps))
         folder = node_cache() / "folders" / hashlib.sha256(f"{self.uri}\n{stamp}".encode()).hexdigest()
-        for key in keys:
-            target = folder / key
-            if not target.exists():
-                with replacing(target) as scratch:
-                    scratch.write_bytes(self.read_bytes(key))
-        return folder / prefix if prefix else folder
+        for key in stamps:
+            self._fetch(key, folder / key, self._promised(key))
+        return folder / prefix
 
     # --- inside ---------------------------------------------------------------------------------------------
 
@@ -233,18 +266,70 @@ class Location:
 
     def _info(self, key: str) -> pafs.FileInfo:
         filesystem, root = self._filesystem()
-        return filesystem.get_file_info(f"{root}/{checked_key(key)}")
+        with reading(f"{self.uri}/{key}"):
+            return self._ask(lambda: filesystem.get_file_info(f"{root}/{checked_key(key)}"))
 
-    @contextmanager
-    def _writing(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as err:
-            reason = err.strerror or str(err)
-            raise StoreError(
-                f"{self.uri}/{key}: cannot be written ({reason}); free or unlock the place, "
-                "or choose another --store"
-            ) from err
+    def _select(self, prefix: str, *, recursive: bool) -> builtins.list[pafs.FileInfo]:
+        filesystem, root = self._filesystem()
+        base = f"{root}/{checked_key(prefix)}" if prefix else root
+        with reading(f"{self.uri}/{prefix}"):
+            selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
+            return self._ask(lambda: builtins.list(filesystem.get_file_info(selector)))
+
+    def _ask(self, work: Callable[[], T]) -> T:
+        return work() if self.is_local else patiently(work)
+
+    def _upload(self, key: str, data: pa.Buffer) -> None:
+        filesystem, root = _filesystem(self.uri)
+        upload(filesystem, f"{root}/{checked_key(key)}", data, where=f"{self.uri}/{key}")
+
+    def _read(self, key: str) -> bytes:
+        with reading(f"{self.uri}/{key}"):
+            return self._path(key).read_bytes()
+
+    def _blocks(self, key: str) -> Iterator[bytes]:
+        filesystem, root = _filesystem(self.uri)
+        return blocks(filesystem, f"{root}/{checked_key(key)}", where=f"{self.uri}/{key}")
+
+    def _fetch(self, key: str, target: Path, expected: str) -> Path:
+        """Copy an object to `target` unless it lies there as expected; again if something else arrives."""
+        if target.exists() and (not expected or known_digest(target) == expected):
+            return target
+        for tries_left in reversed(range(READS)):
+            arriving = self._blocks(key)
+            first = next(arriving, b"")  # here, so that a missing object is no failure to write
+            try:
+                with writing(str(target)), replacing(target) as scratch:
+                    with scratch.open("wb") as file:
+                        file.writelines(itertools.chain([first], arriving))
+                    if expected and (found := sha256_file(scratch)) != expected:
+                        raise self._changed(key, found, expected)
+            except ChangedError:
+                if not tries_left:
+                    raise
+            else:
+                break
+        return target
+
+    def _promised(self, key: str) -> str:
+        return self.promise.sha256.get(key, "") if self.promise else ""
+
+    def _changed(self, key: str, found: str, expected: str) -> ChangedError:
+        remedy = self.promise.remedy if self.promise else "get it again"
+        return ChangedError(
+            f"{self.uri}/{key}: sha256 {found[:12]}…, expected {expected[:12]}…; it was changed: {remedy}"
+        )
+
+    def _stamp(self, key: str) -> str:
+        """What tells two states of an object of one size apart: its ETag, or when it was put."""
+        info = self._info(key)
+        filesystem, root = _filesystem(self.uri)
+        with (
+            reading(f"{self.uri}/{key}"),
+            patiently(lambda: filesystem.open_input_file(f"{root}/{key}")) as file,
+        ):
+            tag = (file.metadata() or {}).get("ETag", b"").decode()
+        return f"{info.size}:{tag or info.mtime_ns}"
 
 
 def node_cache() -> Path:

@@ -11,6 +11,7 @@ from model.config import ModelError
 from model.export import load_native
 from model.gpt2 import GPT2, Attention
 from model.losses import attention_sum, chunked_distillation_sum, hidden_sum
+from pipeline.compress.load import NATIVE_FILES
 from pipeline.config.training import DistillConfig
 from pipeline.errors import TrainError
 from pipeline.train.request import FitRequest
@@ -89,8 +90,8 @@ def with_teacher(request: FitRequest, student: GPT2) -> nn.Module:
     if request.teacher is None:
         raise TrainError("train.objective='kd' needs a teacher to learn from; this model has none: use 'ce'")
     try:
-        teacher = load_native(request.teacher.local_folder())
-    except ModelError as err:
+        teacher = load_native(request.teacher.local_folder(only=NATIVE_FILES))
+    except (ModelError, FileNotFoundError) as err:
         raise TrainError(f"{request.teacher.uri}: {err}") from err
     return Distillation(student, teacher.to(student.wpe.weight.device), request.train.distill)
 

@@ -5,16 +5,15 @@ on every rank equally often; wishes come in by `should_stop` and `should_save`, 
 log interval. All ranks leave at the same step.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from model.export import save_native
+from pipeline.store.scratch import scratch_folder
 from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
 from pipeline.train.schedule import is_due
 from pipeline.train.session import Losses, Session
@@ -116,9 +115,9 @@ def _train(session: Session, request: FitRequest, topology: Topology, hooks: Hoo
 def _publish(session: Session, request: FitRequest, topology: Topology) -> None:
     """Rank 0 writes the final native folder; all wait until it stands."""
     if topology.is_main:
-        with tempfile.TemporaryDirectory(prefix="krony-run-") as folder:
-            save_native(session.model, Path(folder))
-            request.run.put_folder(Path(folder))
+        with scratch_folder() as folder:
+            save_native(session.model, folder)
+            request.run.put_folder(folder)
     topology.maxima([0.0])
 
 

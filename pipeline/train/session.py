@@ -18,6 +18,7 @@ from torch import Tensor
 from model.config import ModelError
 from model.export import load_native
 from model.gpt2 import GPT2
+from pipeline.compress.load import NATIVE_FILES
 from pipeline.data.batches import Batches, Rows, TokenStream
 from pipeline.errors import DataError, TrainError
 from pipeline.store.location import Location
@@ -280,8 +281,8 @@ class Session:
 
 def _load(init: Location) -> GPT2:
     try:
-        return load_native(init.local_folder())
-    except ModelError as err:
+        return load_native(init.local_folder(only=NATIVE_FILES))
+    except (ModelError, FileNotFoundError) as err:
         raise TrainError(f"{init.uri}: {err}") from err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.data.verify import split_documents, verify_tokens
 from pipeline.errors import StoreError
 from pipeline.store.artifacts import Artifact
 from pipeline.store.location import Location, sha256_file
+from pipeline.store.records import FileInfo
 
 
 class Crash(BaseException):
@@ -217,8 +219,15 @@ def test_a_right_artifact_is_verified(tokens, prepared):
     assert verified.shards == 2 * metrics["shards"]
 
 
-def rewrite(artifact: Artifact, name: str, change, **sidecar_changes) -> None:
-    """Change the tokens of a shard and make its header and sidecar agree with the lie."""
+def believed(artifact: Artifact) -> Artifact:
+    """The artifact as if its record had seen the files as they are now."""
+    place = Location(artifact.location.uri)
+    files = {key: FileInfo(bytes=place.size(key), sha256=place.sha256(key)) for key in artifact.record.files}
+    return Artifact(replace(artifact.record, files=files), place)
+
+
+def rewrite(artifact: Artifact, name: str, change, **sidecar_changes) -> Artifact:
+    """Change the tokens of a shard and make header, sidecar and record agree with the lie."""
     path = artifact.path(f"{name}.bin")
     header = np.frombuffer(path.read_bytes()[:HEADER_BYTES], dtype="<i4").copy()
     tokens = change(open_shard(path).copy())
@@ -228,6 +237,7 @@ def rewrite(artifact: Artifact, name: str, change, **sidecar_changes) -> None:
     new = old | {"tokens": len(tokens), "sha256": sha256_file(path)} | sidecar_changes
     sidecar = Sidecar.from_json(json.dumps(new).encode(), where=name)
     artifact.path(f"{name}.json").write_bytes(sidecar.to_json())
+    return believed(artifact)
 
 
 def replaced(position, value):
@@ -252,9 +262,9 @@ def replaced(position, value):
     ],
 )
 def test_a_lie_that_its_sidecar_repeats_is_found(tokens, prepared, name, change, word):
-    rewrite(tokens, name, change)
+    lie = rewrite(tokens, name, change)
     with pytest.raises(ShardError, match=word):
-        verify_tokens(tokens, prepared.tokenizer, quiet=True)
+        verify_tokens(lie, prepared.tokenizer, quiet=True)
 
 
 def test_a_validation_document_in_training_is_found(tokens, prepared):
@@ -262,18 +272,49 @@ def test_a_validation_document_in_training_is_found(tokens, prepared):
     held_out = open_shard(tokens.path(validation))
     first = held_out[: int(np.flatnonzero(held_out == 399)[0]) + 1]
     count = json.loads(tokens.path("train-00002.json").read_bytes())["documents"]
-    rewrite(tokens, "train-00002", lambda old: np.concatenate([old, first]), documents=count + 1)
+    lie = rewrite(tokens, "train-00002", lambda old: np.concatenate([old, first]), documents=count + 1)
     with pytest.raises(ShardError, match="train-00002: holds a document that is also validation"):
-        verify_tokens(tokens, prepared.tokenizer, quiet=True)
+        verify_tokens(lie, prepared.tokenizer, quiet=True)
 
 
-def test_a_flipped_bit_is_named(tokens, prepared):
-    path = tokens.path("train-00001.bin")
+def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[2000] ^= 1
     path.write_bytes(bytes(data))
+
+
+def test_a_flipped_bit_is_named(tokens, prepared):
+    flip(tokens.path("train-00001.bin"))
     with pytest.raises(ShardError, match=r"train-00001\.bin: sha256"):
-        verify_tokens(tokens, prepared.tokenizer, quiet=True)
+        verify_tokens(believed(tokens), prepared.tokenizer, quiet=True)
+
+
+def test_a_bit_flipped_between_two_runs_is_named_with_the_command_that_makes_the_shard_again(
+    data_lab, tokens, prepared
+):
+    before = data_lab.payload(tokens)
+    flip(tokens.path("train-00001.bin"))
+    found = prepared.store.require(prepared.chain.tokens)
+    for read in (
+        lambda: found.location.local("train-00001.bin"),  # as training opens its shards
+        lambda: found.path("train-00001.bin"),  # as calibration and evaluation do
+        found.folder,
+    ):
+        with pytest.raises(
+            StoreError, match=r"train-00001\.bin: sha256 .*: rebuild with `krony prepare … --force`"
+        ):
+            read()
+    assert data_lab.payload(prepared.tokens(force=True)) == before
+
+
+def test_a_bit_flipped_in_an_unfinished_attempt_is_found_before_the_record_is_put(data_lab, prepared, tokens):
+    before = data_lab.payload(tokens)
+    flip(tokens.path("train-00001.bin"))
+    prepared.store.root.child(prepared.chain.tokens.address).delete("record.json")
+    with pytest.raises(StoreError, match=r"train-00001\.bin: changed since it was written, and removed"):
+        prepared.tokens()
+    assert prepared.store.find(prepared.chain.tokens) is None
+    assert data_lab.payload(prepared.tokens()) == before
 
 
 def test_a_truncated_shard_is_named_by_store_and_reader(tokens, prepared):

@@ -36,9 +36,9 @@ class _Objects:
     def __init__(self, inner: pafs.FileSystem) -> None:
         self._inner = inner
 
-    def open_output_stream(self, path: str) -> object:
+    def open_output_stream(self, path: str, **options: object) -> object:
         self._inner.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        return self._inner.open_output_stream(path)
+        return self._inner.open_output_stream(path, **options)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)

@@ -1,0 +1,26 @@
+"""Folders for files on their way: on this node, gone afterwards, and a full disk under them is one line."""
+
+import errno
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.store.objects import StoreAccessError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder where TMPDIR says. Raises StoreAccessError if it fills up or cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="krony-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as err:
+        if err.errno not in _FULL:
+            raise
+        raise StoreAccessError(
+            f"{tempfile.gettempdir()}: cannot be written ({err.strerror}); free some space, or set TMPDIR to "
+            "a folder on another disk"
+        ) from err

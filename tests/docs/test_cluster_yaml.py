@@ -95,3 +95,39 @@ def test_nodes_get_the_lock_and_no_version_of_their_own(cluster: dict[str, Any])
     )
     assert "sh .ci/bootstrap" in commands
     assert "pip install" not in commands
+
+
+@pytest.mark.parametrize("own_group", [True, False])
+def test_port_22_is_open_to_the_world_only_where_ray_makes_the_group(
+    own_group: bool, cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    # What `ray up` does before it starts a machine, on the EC2 of moto. False is the trap itself.
+    moto = pytest.importorskip("moto", reason="needs moto, an AWS in memory")
+    boto3 = pytest.importorskip("boto3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    region = cluster["provider"]["region"]
+    with moto.mock_aws():
+        from ray.autoscaler._private.aws.config import bootstrap_aws
+
+        ec2 = boto3.client("ec2", region_name=region)
+        made = ec2.create_security_group(GroupName="own", Description="own")["GroupId"]
+        mine = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.7/32"}]}
+        ec2.authorize_security_group_ingress(GroupId=made, IpPermissions=[mine])
+        for node in cluster["available_node_types"].values():
+            node["node_config"]["SecurityGroupIds"] = [made]
+            if not own_group:
+                del node["node_config"]["SecurityGroupIds"]
+        done = bootstrap_aws(accept(cluster))
+        used = {
+            group
+            for node in done["available_node_types"].values()
+            for group in node["node_config"]["SecurityGroupIds"]
+        }
+        found = ec2.describe_security_groups(GroupIds=sorted(used))["SecurityGroups"]
+        rules = [rule for group in found for rule in group["IpPermissions"]]
+        world = [
+            place["CidrIp"] for rule in rules for place in rule["IpRanges"] if place["CidrIp"] == "0.0.0.0/0"
+        ]
+    assert (used == {made}) is own_group
+    assert bool(world) is not own_group

@@ -32,10 +32,14 @@ from typing import Any
 from soak_faults import FAULTS, NOTICE_S, Fault, Scene
 from soak_work import EVERY, STEPS, Driver, Raylets, build, copied, outcome, steps_on_record, to_repeat, twice
 
+from pipeline.errors import KronyError
 from pipeline.progress import duration, say
 
 ROUND_S = 300.0
 """Longest time of a round."""
+
+START_ATTEMPTS = 3
+"""Tries to bring a cluster up."""
 
 STARTS = 6
 """Most starts of a driver in a round."""
@@ -84,8 +88,9 @@ class Soak:
 
     def close(self) -> None:
         """End the cluster."""
-        if self._lab:
-            self._lab.close()
+        lab, self._lab = self._lab, None
+        if lab:
+            lab.close()
 
     def learn(self, work: str) -> None:
         """What an undisturbed run leaves."""
@@ -111,6 +116,8 @@ class Soak:
             self._judge(scene, result)
         except subprocess.TimeoutExpired:
             result.problems.append(f"the driver did not end within {NOTICE_S:.0f} s of its notice")
+        except (KronyError, TimeoutError) as err:
+            result.problems.append(str(err))
         finally:
             driver.send(signal.SIGKILL)
         result.wall_s, result.drivers = round(time.monotonic() - began, 1), driver.starts
@@ -120,14 +127,21 @@ class Soak:
 
     def _whole_lab(self, *, durable: bool) -> Raylets:
         """The cluster with a head and two workers; a new one where that needs one."""
-        lab = self._lab
-        if lab and not (lab.is_whole and lab.durable == durable):
-            lab.close()
-            lab = None
-        self._lab = lab = lab or Raylets(durable=durable)
-        lab.settle()
-        while len(lab.nodes) < 2:
-            lab.add()
+        for left in reversed(range(START_ATTEMPTS)):
+            if self._lab and not (self._lab.is_whole and self._lab.durable == durable):
+                self.close()
+            try:
+                self._lab = lab = self._lab or Raylets(durable=durable)
+                lab.settle()
+                while len(lab.nodes) < 2:
+                    lab.add()
+            except Exception as err:  # Ray has no narrower one for a node that does not come up
+                if not left:
+                    raise
+                say("soak", f"a cluster did not come up, once more ({err})")
+                self.close()
+            else:
+                break
         return lab
 
     def _disturb(self, scene: Scene, fault: Fault, result: Round) -> None:
@@ -136,7 +150,7 @@ class Soak:
         until = time.monotonic() + ROUND_S
         while len(steps_on_record(folder)) < wanted:
             if scene.driver.code is not None or time.monotonic() > until:
-                raise SystemExit("\n".join(["a round failed before its fault:", *scene.driver.said[-5:]]))
+                raise TimeoutError("it failed before its fault: " + " ".join(scene.driver.said[-1:]))
             time.sleep(0.05)
         before = steps_on_record(folder)
         result.at, result.reached = len(before), max(step for _, step in before)

@@ -5,10 +5,13 @@ process: own temp dir, loopback, token auth with a token of its own, shut down a
 starts anything.
 """
 
+import atexit
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,22 +41,30 @@ WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMM
 """Variables of the driver that workers must see too, if they are set."""
 
 
-_session: ExitStack | None = None
+_sessions: list[ExitStack] = []
+_abandoned = threading.Event()
 
 
 @contextmanager
 def session() -> Iterator[None]:
     """Keep the first connection that is made inside open until the end of this block."""
-    global _session
-    if _session is not None:
+    if _sessions:
         yield
         return
-    with ExitStack() as _session:
+    with ExitStack() as stack:
+        _sessions.append(stack)
         try:
             yield
         finally:
-            opened, _session = _session, None
-            opened.close()
+            _sessions.clear()
+
+
+def abandon() -> None:
+    """Let this process end without a farewell to Ray: one of its threads still waits for an answer.
+
+    Were Ray shut down first, that thread would end the process before it has said why it ends.
+    """
+    _abandoned.set()
 
 
 @contextmanager
@@ -69,8 +80,8 @@ def connect(config: RayConfig, *, quiet: bool = False, num_cpus: int | None = No
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     join = bool(address) and address != "local"
     connection = _join(ray, address) if join else _local(ray, num_cpus, quiet=quiet)
-    if _session is not None:
-        yield _session.enter_context(connection)
+    if _sessions:
+        yield _sessions[0].enter_context(connection)
     else:
         with connection:
             yield ray
@@ -97,17 +108,41 @@ def _join(ray: "ModuleType", address: str) -> "Iterator[ModuleType]":
             "and `krony submit` takes the URL"
         )
     try:
-        ray.init(address=target, runtime_env=env, log_to_driver=False, logging_level="ERROR")
+        with _own_signals():
+            ray.init(address=target, runtime_env=env, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as err:
         first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise PreflightError(
             f"ray.address={address!r}: cannot join ({first}); start a head there, hand on its token "
             "(RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to work locally"
         ) from err
-    try:
+    with _open(ray):
         yield ray
+
+
+@contextmanager
+def _open(ray: "ModuleType") -> Iterator[None]:
+    try:
+        yield
     finally:
-        ray.shutdown()
+        if _abandoned.is_set():
+            atexit.unregister(ray.shutdown)
+        else:
+            ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts, and then ends the process at once: take it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -137,9 +172,9 @@ def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator
             )
         # Ray Train's clean-up reaches the cluster by this variable; without it an early stop can hang.
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        yield ray
+        with _open(ray):
+            yield ray
     finally:
-        ray.shutdown()
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -151,16 +186,17 @@ def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator
 def _started(ray: "ModuleType", temp: Path, num_cpus: int | None) -> bool:
     """Start a local Ray; False if it was too slow for the 30 seconds that Ray itself allows its raylet."""
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=300 * 2**20,
-            runtime_env=runtime_env(),
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(temp),
-        )
+        with _own_signals():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=300 * 2**20,
+                runtime_env=runtime_env(),
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(temp),
+            )
     except Exception as err:  # Ray raises a bare Exception here
         if "timed out during startup" not in str(err):
             raise

@@ -92,7 +92,8 @@ class BoardClerk:
 
     def __init__(self) -> None:
         """Start it."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Firmly: a soft wish leads to a worker where the head has no CPUs.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(Board)
         self.handle = actor.options(scheduling_strategy=here).remote()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pipeline.cluster import connect, require_resources
+from pipeline.cluster import abandon, connect, require_resources
 from pipeline.config.schema import RayConfig
 from pipeline.errors import KronyError, PreflightError, TrainError
 from pipeline.progress import say
@@ -98,7 +98,8 @@ def _require_room(ray: "ModuleType", config: RayConfig) -> None:
 def _open_line(ray: "ModuleType") -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Firmly: a soft wish leads to a worker where the head has no CPUs, and a run must not end with a worker.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
 
 
@@ -140,8 +141,8 @@ def _drive(
     """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
     pool = ThreadPool(1)
     asked = False
+    running = pool.apply_async(work)
     try:
-        running = pool.apply_async(work)
         while not running.ready():
             running.wait(PUMP_S)
             if not asked and should_stop():
@@ -156,6 +157,8 @@ def _drive(
     except ray.exceptions.RayError as err:
         raise TrainError(f"the connection to Ray was lost ({_first_line(err)}); {CONTINUES}") from err
     finally:
+        if not running.ready():
+            abandon()
         pool.terminate()
 
 

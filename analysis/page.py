@@ -202,6 +202,11 @@ def _origins(frames: Frames, store: str) -> Iterator[Origin]:
         )
 
 
+def _no_tag(value: object) -> object:
+    """What a Markdown page shows of a record: words, and no tag of somebody else's."""
+    return value.replace("<", "&lt;") if isinstance(value, str) else value
+
+
 def render(name: str, page: object) -> str:
     """A template of this package, filled in from `page`."""
     environment = jinja2.Environment(
@@ -212,6 +217,7 @@ def render(name: str, page: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=None if name.endswith("html.j2") else _no_tag,
     )
     environment.filters["table"] = markdown
     environment.filters["breakable"] = lambda text: Markup("/<wbr>").join(

@@ -53,6 +53,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "krony",
+    "text.parse_math": False,  # names are names, also where one holds a dollar
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from analysis.effects import Effect
 from analysis.names import is_number, leaf, short_count
@@ -104,6 +104,8 @@ def scatter(sweep: Sweep, ranking: Ranking) -> str:
             axes.plot(x, y, "o", color=COLOURS[0], markersize=6, alpha=0.8)
             if x.min() > 0 and x.max() > 20 * x.min():
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(axis)
             axes.set_ylabel("loss (nats per token)")
             axes.grid(visible=True)

@@ -130,8 +130,15 @@ def latex(table: Table) -> str:
 
 
 def csv(frame: pd.DataFrame) -> str:
-    """A tidy frame, every column of it."""
-    return frame.to_csv(index=False, lineterminator="\n")
+    """A tidy frame, every column of it; a text that a spreadsheet would read as a formula begins with `'`."""
+    words = frame.select_dtypes(exclude=["number", "bool"]).columns
+    safe = {name: frame[name].map(_no_formula, na_action="ignore") for name in words}
+    return frame.assign(**safe).to_csv(index=False, lineterminator="\n")
+
+
+def _no_formula(value: object) -> object:
+    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+    return f"'{value}" if is_formula else value
 
 
 def published_table() -> Table:

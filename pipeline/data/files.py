@@ -114,7 +114,7 @@ class LocalFiles:
                 yield number, row[field]
 
     def _parquet(self, path: Path) -> Iterator[tuple[int, str]]:
-        from pipeline.data.tables import read_rows, row_groups
+        from pipeline.data.tables import read_rows, row_count
 
         field = self._config.text_field
         with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ class LocalFiles:
                 plain = Path(folder) / "plain.parquet"
                 with open_bytes(path) as source, plain.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-            rows = sum(count for count, _ in row_groups(plain, name=str(path), text_column=field))
+            rows = row_count(plain, name=str(path), text_column=field)
             for number, (text,) in enumerate(read_rows(plain, [field], stop=rows, name=str(path))):
                 yield number, text or ""
 

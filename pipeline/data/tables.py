@@ -170,11 +170,24 @@ def _grouped(documents: Iterable[Document], limit_bytes: int) -> Iterator[tuple[
 # --- read -------------------------------------------------------------------------------------------------
 
 
+def row_count(path: Path, *, name: str, text_column: str) -> int:
+    """Documents of a parquet file of anybody; raises CorpusError as `row_groups`.
+
+    Looks at no column chunk: pyarrow ends the whole process at some damaged ones.
+    """
+    return sum(rows for rows, _ in _footer(path, name=name, text_column=text_column, with_sizes=False))
+
+
 def row_groups(file: Any, *, name: str, text_column: str) -> tuple[tuple[int, int], ...]:
     """Documents and bytes of text of each row group, from the footer of a parquet file, open or by path.
 
     Raises CorpusError, with `name`, if it has no such column or is no parquet file.
     """
+    return tuple(_footer(file, name=name, text_column=text_column, with_sizes=True))
+
+
+def _footer(file: Any, *, name: str, text_column: str, with_sizes: bool) -> Iterator[tuple[int, int]]:
+    """Rows of each row group and, if asked, bytes of its text."""
     try:
         with pq.ParquetFile(file) as reader:
             metadata = reader.metadata
@@ -186,10 +199,8 @@ def row_groups(file: Any, *, name: str, text_column: str) -> tuple[tuple[int, in
             f"{name}: no column {text_column!r}; it has {', '.join(names)}: set corpus.text_field"
         )
     at = names.index(text_column)
-    return tuple(
-        (metadata.row_group(i).num_rows, metadata.row_group(i).column(at).total_uncompressed_size)
-        for i in range(metadata.num_row_groups)
-    )
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        yield group.num_rows, group.column(at).total_uncompressed_size if with_sizes else 0
 
 
 def read_rows(
@@ -228,10 +239,8 @@ def _rows(
                 if at <= start or first >= stop:
                     continue
                 # A value may stand in many rows and be stored once, so it is the group that bounds a row.
-                about = reader.metadata.row_group(group)
-                chunks = (about.column(i) for i in range(about.num_columns))
-                size = sum(each.total_uncompressed_size for each in chunks if each.path_in_schema in columns)
-                at_once = max(1, min(256, GROUP_MEMORY // max(1, size)))
+                size = max(1, reader.metadata.row_group(group).total_byte_size)
+                at_once = max(1, min(256, GROUP_MEMORY // size))
                 for batch in reader.iter_batches(at_once, row_groups=[group], columns=list(columns)):
                     low, high = max(start - first, 0), min(stop - first, len(batch))
                     first += len(batch)

@@ -7,11 +7,14 @@ and MLPs may be narrower than stock; the attention scale stays that of the stock
 
 # B batch · T tokens · C residual width · V vocabulary · H heads · Q, O width of a query or key, of a value
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import BlockSpec, Convention, GPT2Config, ModelError, ModelSpec, SplitQKV
 from model.layers.embedding import Embedding
@@ -22,6 +25,12 @@ from model.losses import chunked_cross_entropy_sum
 
 GELU: Mapping[str, str] = {"gelu_new": "tanh", "gelu": "none"}
 """How torch calls them."""
+
+CPU_PIECE = 1024
+"""Tokens that an MLP of factors takes at a time on a CPU: what lies between them is cached then."""
+
+Recompute = Literal["none", "mlp", "block"]
+"""What is made again in the backward pass instead of being kept; changes memory and time, never a result."""
 
 INIT_STD = 0.02
 """Standard deviation of GPT-2's fresh weights."""
@@ -71,8 +80,22 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         out = paired(self.c_fc, self.c_proj, x, gelu=self.gelu)
-        if out is None:
-            out = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        if out is not None:
+            return out
+        if self._in_pieces(x):
+            pieces = torch.split(x.flatten(0, -2), CPU_PIECE)
+            return torch.cat([self._both(piece) for piece in pieces]).view(x.shape)
+        return self._both(x)
+
+    def _in_pieces(self, x: Tensor) -> bool:
+        """Whether the activations between factors are worth keeping in cache; a formed W is formed once."""
+        tokens = x.shape[:-1].numel()
+        if x.device.type != "cpu" or tokens <= CPU_PIECE or torch.compiler.is_compiling():
+            return False
+        return all(layer.resolve_mode(tokens) == "factored" for layer in (self.c_fc, self.c_proj))
+
+    def _both(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
         return out
 
 
@@ -86,12 +109,32 @@ class Block(nn.Module):
         self.attn = Attention(block, arch, layers)
         self.ln_2 = nn.LayerNorm(arch.n_embd, eps=arch.layer_norm_epsilon)
         self.mlp = MLP(arch, layers)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        if recompute == "block":
+            whole: Tensor = _remade(self._both, x)
+            return whole
+        return self._both(x, mlp=partial(_remade, self.mlp) if recompute == "mlp" else None)
+
+    def _both(self, x: Tensor, *, mlp: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        out: Tensor = x + self.mlp(self.ln_2(x))
+        out: Tensor = x + (mlp or self.mlp)(self.ln_2(x))
         return out
+
+
+def _remade(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which only x is kept for the backward pass; nothing here draws random numbers."""
+    out: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def set_recompute(model: "GPT2", what: Recompute) -> None:
+    """Choose what every block makes again in the backward pass."""
+    for block in model.h:
+        block.recompute = what  # type: ignore[assignment]
 
 
 class GPT2(nn.Module):

@@ -90,7 +90,7 @@ class StructuredLinear(Tagged, ABC):
         mode, bias = self.resolve_mode(x.numel() // self.n_in), self.full_bias()
         if mode == "factored":
             y = self.product(x)
-            return y if bias is None else y + bias
+            return y if bias is None else y + bias.to(y.dtype)  # as `F.linear` does under autocast
         weight = self._cached_weight() if mode == "cached" else self.weight_matrix()
         return F.linear(x, weight.mT, bias)
 

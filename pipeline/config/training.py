@@ -108,6 +108,9 @@ class TrainConfig:
     compile: bool = field(default=False, metadata=NOT_IDENTITY)
     """Compile the model; worth it for runs longer than a few minutes."""
 
+    recompute: Literal["none", "mlp", "block"] = field(default="none", metadata=NOT_IDENTITY)
+    """What the backward pass makes again instead of keeping it: less memory, more time, the same result."""
+
     val_every: int = field(default=50, metadata=NOT_IDENTITY)
     """Steps between validations; the last step is always validated."""
 

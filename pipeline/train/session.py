@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.config import ModelError
 from model.export import load_native
-from model.gpt2 import GPT2
+from model.gpt2 import GPT2, set_recompute
 from pipeline.compress.load import NATIVE_FILES
 from pipeline.data.batches import Batches, Rows, TokenStream
 from pipeline.errors import DataError, TrainError
@@ -82,6 +82,7 @@ class Session:
             )
         self._vocabulary = arch.vocab_size
         self.model.train()
+        set_recompute(self.model, config.recompute)
         objective = with_teacher(request, self.model)
         # (inputs (B, T), targets (B, T)) -> sum of the losses of all tokens
         self._objective: Callable[[Tensor, Tensor], Tensor] = (

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import gpt2
 from model.config import GPT2Config, Kron, LowRank, ModelError, ModelSpec, SplitQKV
-from model.gpt2 import GPT2
+from model.gpt2 import GPT2, set_recompute
 from model.layers.factory import make_linear
 from model.layers.structured import parameter_tags, set_mode
 from model.losses import chunked_cross_entropy_sum, cross_entropy_sum, distillation_sum
@@ -64,6 +65,49 @@ def test_every_mode_of_a_whole_model_gives_the_same_logits(toy, idx):
         for mode in ("factored", "materialize", "cached", "cached"):
             set_mode(model, mode)
             torch.testing.assert_close(model(idx), expected, rtol=1e-10, atol=1e-10)
+
+
+def gradients(model, idx):
+    """Loss and gradients of one pass, and how many bytes autograd kept for it."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(idx, idx.roll(-1, dims=1))
+    loss.backward()
+    bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())], bytes_kept
+
+
+def test_an_mlp_in_pieces_is_the_whole_one(toy, idx, monkeypatch):
+    model = toy(MIXED, dtype=torch.float64)
+    whole, _ = gradients(model, idx)
+    lengths = []
+    model.h[0].mlp.c_fc.register_forward_hook(lambda layer, given, out: lengths.append(len(out)))
+    monkeypatch.setattr(gpt2, "CPU_PIECE", 11)
+    torch.testing.assert_close(gradients(model, idx)[0], whole)
+    assert lengths == [11, 11, 11, 11, 11, 11, 6]
+    set_mode(model, "materialize")  # a matrix that is formed is formed once
+    lengths.clear()
+    torch.testing.assert_close(gradients(model, idx)[0], whole)
+    assert lengths == [3]
+
+
+@pytest.mark.parametrize("spec", [DENSE, MIXED], ids=["dense", "mixed"])
+def test_what_is_made_again_changes_memory_and_no_bit(toy, idx, spec):
+    model = toy(spec)
+    usual, most = gradients(model, idx)
+    kept = [most]
+    for what in ("mlp", "block"):
+        set_recompute(model, what)
+        again, bytes_kept = gradients(model, idx)
+        assert all(torch.equal(a, b) for a, b in zip(again, usual, strict=True))
+        kept.append(bytes_kept)
+    assert kept[0] > kept[1] > kept[2]
 
 
 def test_a_seed_names_the_fresh_weights():

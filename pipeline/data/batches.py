@@ -100,6 +100,23 @@ def _order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.uint32 | np.int64
 
     Raw bits of PCG64 are sorted, because NumPy promises those bits across versions and `permutation` not.
     """
-    keys = np.random.PCG64([seed, epoch]).random_raw(rows)
-    order = np.argsort(keys, kind="stable")
+    order = stable_order(np.random.PCG64([seed, epoch]).random_raw(rows))
     return order.astype(np.uint32) if rows <= 2**32 else order
+
+
+def stable_order(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """`np.argsort(keys, kind="stable")` in half of its time, for keys that are far apart.
+
+    Positions take the low bits of the keys, and the values are sorted in place; where only those bits told
+    two keys apart, the keys themselves are asked again.
+    """
+    low = np.uint64(max(1, (len(keys) - 1).bit_length()))
+    packed = keys >> low << low | np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    order = (packed & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)
+    packed >>= low
+    equal = np.flatnonzero(packed[1:] == packed[:-1])
+    for run in np.split(equal, np.flatnonzero(np.diff(equal) > 1) + 1) if len(equal) else ():
+        part = slice(run[0], run[-1] + 2)
+        order[part] = order[part][np.argsort(keys[order[part]], kind="stable")]
+    return order

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batches import Batches, TokenStream
+from pipeline.data.batches import Batches, TokenStream, stable_order
 from pipeline.data.shards import ShardError, ShardWriter
 from pipeline.errors import DataError
 
@@ -121,3 +121,20 @@ def test_no_shards_and_damaged_shards_are_named(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-3])
     with pytest.raises(ShardError, match=r"train-00001\.bin"):
         TokenStream(paths)
+
+
+@given(
+    st.lists(
+        st.one_of(st.integers(0, 40), st.integers(2**64 - 40, 2**64 - 1), st.integers(0, 2**64 - 1)),
+        min_size=1,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_the_quick_order_is_the_stable_one_whatever_the_keys(numbers):
+    keys = np.array(numbers, dtype=np.uint64)
+    assert stable_order(keys).tolist() == np.argsort(keys, kind="stable").tolist()
+
+
+def test_the_quick_order_of_many_random_keys_is_the_stable_one():
+    keys = np.random.PCG64(3).random_raw(300_000) >> np.uint64(20)  # many agree in the bits that are sorted
+    assert np.array_equal(stable_order(keys), np.argsort(keys, kind="stable"))

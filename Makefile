@@ -6,7 +6,7 @@ ARGS ?=
 ALONE := $(BIN)/python -m pytest -m "(ray or slow) and not nightly"
 TOGETHER := $(BIN)/python -m pytest -m "not ray and not slow and not nightly" --numprocesses 2 --dist loadfile
 
-.PHONY: help run test lint format bench lock clean bootstrap
+.PHONY: help run test lint format bench audit lock clean bootstrap
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,8 +27,12 @@ format: bootstrap ## rewrite to the one format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: bootstrap ## ratios against the baselines, both sides in one process
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename $$file .py)"; done
+BENCHES = mlp plans training_step evaluate_perplexity decode_export memory growth data_loading ray_train
+bench: bootstrap ## ratios against the baselines, sides by turns in one process; a CSV of each in bench/
+	@set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" --csv "bench/$$name.csv"; done
+
+audit: bootstrap ## known vulnerabilities of the pinned versions, where an advisory service can be asked
+	@sh .ci/audit
 
 lock: bootstrap ## pin the environment again after pyproject.toml changed; ARGS=--upgrade renews all
 	@env -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \

@@ -2,13 +2,12 @@
 
     python -m benchmarks.decode_export [--shape 768 768] [--terms 1] [--batches 1 32] [--device cpu]
 
-Random weights, the MLP matrices as Kronecker sums; both folders are opened by `AutoModelForCausalLM` and take
-turns, token by token, in one process. The ratio of the medians, factored over dense, is what counts.
+Random weights, the MLP matrices as Kronecker sums, against GPT-2 itself and against a dense one of half of
+its blocks (DistilGPT2's size). All folders are opened by `AutoModelForCausalLM` and take turns, token by
+token, in one process. Ratios are over `dense`.
 """
 
 import argparse
-import json
-import platform
 import shutil
 import tempfile
 from functools import partial
@@ -17,29 +16,34 @@ from typing import Any
 
 import torch
 
+from benchmarks.table import Row, against, publish
 from model.compress.kron_plan import KronChoice, with_kron_mlp
 from model.config import GPT2Config, ModelSpec
 from model.export import save_factored, save_stock
 from model.gpt2 import GPT2
 from pipeline.compress.folders import CODE, SOURCES
-from pipeline.evaluate.turns import Decoding, Spread, take_turns
+from pipeline.evaluate.turns import Decoding, take_turns
 
 
 def write(folder: Path, options: argparse.Namespace) -> None:
-    """Both folders of one random model."""
+    """The folders of random models."""
     width = options.width
     arch = GPT2Config(n_layer=options.layers, n_head=width // 64, n_embd=width)
     choice = KronChoice(shape=tuple(options.shape), terms=options.terms)
     model = GPT2(with_kron_mlp(ModelSpec.dense(arch), choice, terms=options.terms)).init_weights(seed=0)
     save_factored(model, folder / "factored")
-    save_stock(model, folder / "dense")
     for name in CODE:
         shutil.copyfile(SOURCES / name, folder / "factored" / name)
+    save_stock(model, folder / "dense")
+    half = GPT2Config(n_layer=max(1, options.layers // 2), n_head=width // 64, n_embd=width)
+    save_stock(GPT2(ModelSpec.dense(half)).init_weights(seed=0), folder / "half of the blocks")
 
 
 def main() -> None:
-    """Time both and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Time all and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", type=int, nargs=2, default=(768, 768), metavar=("M1", "N1"))
     parser.add_argument("--terms", type=int, default=1)
     parser.add_argument("--layers", type=int, default=12)
@@ -47,52 +51,38 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32], help="sequences at once")
     parser.add_argument("--tokens", type=int, default=64, help="decoded per side and batch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     import transformers
 
     transformers.logging.disable_progress_bar()
-    rows: dict[str, Any] = {}
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)
         write(folder, options)
-        models = {
+        models: dict[str, Any] = {
             side: transformers.AutoModelForCausalLM.from_pretrained(folder / side, trust_remote_code=True)
             .to(options.device)
             .eval()
-            for side in ("factored", "dense")
+            for side in ("dense", "factored", "half of the blocks")
         }
         sizes = {side: (folder / side / "model.safetensors").stat().st_size for side in models}
         for batch in options.batches:
             prompt = torch.randint(50257, (batch, 128), device=options.device)
             tokens, device = options.tokens, options.device
             steps = {side: Decoding(model, prompt, tokens=tokens) for side, model in models.items()}
-            took = {"decode": take_turns(steps, rounds=tokens, device=device)}
+            took = {"decode": take_turns(steps, rounds=tokens, device=device).seconds}
             reads = {side: partial(model, prompt, logits_to_keep=1) for side, model in models.items()}
-            took["prefill"] = take_turns(reads, rounds=max(3, tokens // 8), device=device)
-            for kind, turns in took.items():
-                median = {side: Spread.quartiles(times).middle for side, times in turns.seconds.items()}
-                rows[f"{kind}@{batch}"] = {
-                    **{f"{side}_ms": round(1000 * value, 3) for side, value in median.items()},
-                    "ratio": round(median["factored"] / median["dense"], 3),
-                }
-    parameters = {side: sum(p.numel() for p in model.parameters()) for side, model in models.items()}
-    place = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
-    print(
-        json.dumps(
-            {
-                "shape": [*options.shape, options.terms],
-                "parameters": parameters,
-                "bytes": sizes,
-                "bytes_ratio": round(sizes["factored"] / sizes["dense"], 3),
-                **rows,
-                "device": place or options.device,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            indent=1,
-        )
-    )
+            took["prefill"] = take_turns(reads, rounds=max(6, tokens // 8), device=device).seconds
+            for kind, seconds in took.items():
+                for side, times in seconds.items():
+                    about = {
+                        "side": side,
+                        "what": f"{kind}@{batch}",
+                        "of_bytes": sizes[side] / sizes["dense"],
+                    }
+                    rows.append({**about, **against(seconds["dense"], times)})
+    publish(rows, options.csv, device=options.device)
 
 
 if __name__ == "__main__":

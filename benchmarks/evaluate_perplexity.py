@@ -9,7 +9,6 @@ as JSON, with the losses of the two dense sides, which must agree.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.table import against, publish
 from model.compress.kron_plan import KronChoice, with_kron_mlp
 from model.config import GPT2Config, ModelSpec
 from model.export import save_stock
@@ -26,7 +26,7 @@ from model.gpt2 import GPT2
 from pipeline.evaluate.perplexity import aggregate, token_losses, windows
 from pipeline.evaluate.protocols import get_protocol
 from pipeline.evaluate.sequences import TokenSequence
-from pipeline.evaluate.turns import Spread, take_turns
+from pipeline.evaluate.turns import take_turns
 
 
 def transformers_loop(model: Any, ids: np.ndarray, length: int, *, half: bool) -> Callable[[], float]:
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass, ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     import transformers
 
@@ -89,29 +90,19 @@ def main() -> None:
         sides[f"compressed {name}"] = ours(small, sequence, batch=options.batch, half=half)
     losses = {name: round(run(), 6) for name, run in sides.items()}  # warms up as well
     took = take_turns(sides, rounds=options.rounds, device=options.device).seconds
-    against = {name: f"transformers {name.split()[1]}" for name in sides}
-    ratios = {name: Spread.of_ratio(took[other], took[name]) for name, other in against.items()}
-    ratios["dense bf16 over transformers fp32"] = Spread.of_ratio(
-        took["transformers fp32"], took["dense bf16"]
-    )
-    print(
-        json.dumps(
-            {
-                "tokens": len(ids),
-                "batch": options.batch,
-                "losses": losses,
-                "seconds": {name: round(float(np.median(times)), 3) for name, times in took.items()},
-                "times as fast as transformers (95 %)": {
-                    name: [round(each, 3) for each in (found.middle, found.low, found.high)]
-                    for name, found in ratios.items()
-                },
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            indent=1,
-        )
-    )
+    pairs = [(name, f"transformers {name.split()[1]}") for name in sides]
+    pairs.append(("dense bf16", "transformers fp32"))
+    rows = [
+        {
+            "side": name,
+            "against": base,
+            "tokens": len(ids),
+            "loss": losses[name],
+            **against(took[base], took[name]),
+        }
+        for name, base in pairs
+    ]
+    publish(rows, options.csv, device=options.device)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ times as fast as `dense` each is: the median over rounds with its 95 % interval.
 """
 
 import argparse
-import csv
-import platform
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -20,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.table import Row, against, publish
 from model.compress.kron_plan import KronChoice, with_kron_mlp
 from model.config import GPT2Config, ModelSpec
 from model.gpt2 import GPT2
 from model.layers.structured import set_mode
-from pipeline.evaluate.turns import Spread, take_turns
+from pipeline.evaluate.turns import take_turns
 
 WIDTH = 768
 SHAPES = {
@@ -71,10 +70,12 @@ class Original(nn.Module):
         return reduce(torch.add, (torch.kron(a.contiguous(), b.contiguous()) for a, b in pairs))
 
 
-def action(mlp: nn.Module, tokens: int, *, half: bool, device: str = "cpu") -> Callable[[], None]:
+def action(
+    mlp: nn.Module, tokens: int, *, half: bool, device: str = "cpu", width: int = WIDTH
+) -> Callable[[], None]:
     """One training pass over so many tokens, or one forward pass of a single one."""
-    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
-    grad = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
+    grad = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(device)
     mlp.to(device)
 
     def infer() -> None:
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="sides whose name has this in it; dense is always there")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows: list[Row] = []
     for tokens in options.tokens:
         for dtype in options.dtypes:
             mlps = sides_at(tokens)
@@ -131,22 +132,8 @@ def main() -> None:
             rounds = options.rounds if tokens > 1 else 50 * options.rounds
             took = take_turns(sides, rounds=rounds, device=options.device).seconds
             for name, times in took.items():
-                ratio = Spread.of_ratio(took["dense"], times)
-                milliseconds = 1000 * Spread.quartiles(times).middle
-                rows.append((tokens, dtype, name, milliseconds, ratio.middle, ratio.low, ratio.high))
-                print(
-                    f"{tokens:>6,} {dtype}  {name:<34}{milliseconds:>10.3f} ms {ratio.middle:>7.2f} x "
-                    f"[{ratio.low:.2f}, {ratio.high:.2f}]",
-                    flush=True,
-                )
-    place = platform.processor() or platform.machine()
-    about = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {place}"
-    print(about)
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["tokens", "dtype", "side", "ms", "times_dense", "low", "high", "about"])
-            writer.writerows([*row, about] for row in rows)
+                rows.append({"tokens": tokens, "dtype": dtype, "side": name, **against(took["dense"], times)})
+    publish(rows, options.csv, device=options.device)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ memory where CUDA tells it, and, on CUDA, the share of the card's bf16 peak (`--
 """
 
 import argparse
-import csv
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.mlp import SHAPES
+from benchmarks.table import against, publish
 from model.compress.kron_plan import KronChoice, with_kron_mlp
 from model.config import GPT2Config, ModelSpec
 from model.gpt2 import GPT2
@@ -87,25 +87,16 @@ def measure(
     took = take_turns({name: step.run for name, step in steps.items()}, rounds=rounds, device=device).seconds
     found: list[dict[str, str | float]] = []
     for name, times in took.items():
-        ratio, seconds = Spread.of_ratio(took["dense"], times), Spread.quartiles(times).middle
+        seconds = Spread.quartiles(times).middle
         row: dict[str, str | float] = {
             "side": name,
             "parameters": steps[name].model.num_parameters(),
-            "ms": 1000 * seconds,
             "tokens_per_s": rows * CONTEXT / seconds,
-            "times_dense": ratio.middle,
-            "low": ratio.low,
-            "high": ratio.high,
+            **against(took["dense"], times),
         }
         if device == "cuda":
             row["mfu"] = steps[name].flops / seconds / 1e12 / peak
         found.append(row)
-        print(
-            "  ".join(
-                f"{key} {value:,.2f}" if isinstance(value, float) else f"{value}"
-                for key, value in row.items()
-            )
-        )
     return found
 
 
@@ -153,13 +144,8 @@ def main() -> None:
     steps.clear()
     if options.device == "cuda":
         found = with_memory(found, layers=options.layers, rows=options.rows)
-    about = f"torch {torch.__version__}, {torch.get_num_threads()} threads, compile {options.compile}"
-    print(about)
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*found[0], "about"])
-            writer.writeheader()
-            writer.writerows({**row, "about": about} for row in found)
+    about = {"layers": options.layers, "rows": options.rows, "compiled": str(options.compile)}
+    publish([{**about, **row} for row in found], options.csv, device=options.device)
 
 
 if __name__ == "__main__":

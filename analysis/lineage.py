@@ -62,8 +62,7 @@ class Graph:
             for name in store.root.folders(kind):
                 address = f"{kind}/{name}"
                 try:
-                    data = store.root.read_bytes(f"{address}/record.json")
-                    records[address] = Record.from_json(data, where=f"{address}/record.json")
+                    records[address] = store.record(address)
                 except FileNotFoundError:
                     begun.append(address)
                 except StoreError as err:

@@ -227,8 +227,7 @@ def _find(store: Store, name: str) -> tuple[Record, list[str]]:
     for folder in store.root.folders(KIND):
         address = f"{KIND}/{folder}"
         try:
-            data = store.root.read_bytes(f"{address}/record.json")
-            records.append(Record.from_json(data, where=f"{address}/record.json"))
+            records.append(store.record(address))
         except FileNotFoundError:
             begun.append(address)
         except StoreError as err:
@@ -283,8 +282,7 @@ def _scores(store: Store, wanted: set[str], sweep: Record) -> Mapping[str, Recor
     found = {}
     for address in sorted(wanted):
         try:
-            data = store.root.read_bytes(f"{address}/record.json")
-            found[address] = Record.from_json(data, where=f"{address}/record.json")
+            found[address] = store.record(address)
         except (FileNotFoundError, StoreError):
             continue  # named by whoever misses it
     return found

@@ -18,6 +18,7 @@ from pipeline.data.corpora import build_corpus
 from pipeline.data.encode import Job
 from pipeline.data.shards import Sidecar
 from pipeline.data.tokenizer import build_tokenizer
+from pipeline.errors import DataError
 from pipeline.store.artifacts import Artifact, Store
 
 
@@ -74,7 +75,10 @@ def in_process(patch: pytest.MonkeyPatch) -> list[int]:
     def loop(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[list[Sidecar]]:
         for row in rows:
             made.append(json.loads(row["shard"])["index"])
-            yield [Sidecar.from_json(data, where="task") for data in prepare._make(job, row)["sidecars"]]
+            done = prepare._make(job, row)
+            if done["error"]:
+                raise DataError(done["error"])
+            yield [Sidecar.from_json(data, where="task") for data in done["sidecars"]]
 
     class NoRay:
         def __enter__(self) -> None:

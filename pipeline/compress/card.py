@@ -200,8 +200,7 @@ def _address(record: Record | None, role: str) -> str:
 
 def _input(record: Record | None, role: str, store: Store) -> Record | None:
     """What went in, if anything did and it is still on record; its payload may be gone."""
-    key = f"{_address(record, role)}/record.json"
     try:
-        return Record.from_json(store.root.read_bytes(key), where=key) if _address(record, role) else None
+        return store.record(_address(record, role)) if _address(record, role) else None
     except FileNotFoundError:
         return None

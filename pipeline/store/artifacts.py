@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.store.location import Location, Promise
+from pipeline.store.objects import READS
 from pipeline.store.provenance import provenance
 from pipeline.store.records import KINDS, FileInfo, InputRef, Record
 
@@ -134,14 +135,15 @@ class Attempt:
         """
         files = {}
         for key, size in self.location.sizes().items():
-            files[key] = FileInfo(bytes=size, sha256=self.location.sha256(key))
-        for key, expected in (written or {}).items():
-            if key in files and files[key].sha256 != expected:
+            expected = (written or {}).get(key, "")
+            found = self.location.settled_sha256(key, expected)
+            if expected and found != expected:
                 self.location.delete(key)
                 raise StoreError(
                     f"{self.location.uri}/{key}: changed since it was written, and removed; the same "
                     "command makes it again"
                 )
+            files[key] = FileInfo(bytes=size, sha256=found)
         if not files:
             raise StoreError(f"{self.identity.address}: nothing was written, so there is nothing to publish")
         inputs = {}
@@ -208,13 +210,24 @@ class Store:
         for each in KINDS if kind is None else (kind,):
             for name in self.root.folders(each):
                 address = f"{each}/{name}"
-                try:
-                    data = self.root.read_bytes(f"{address}/record.json")
-                except FileNotFoundError:
-                    continue
-                record = Record.from_json(data, where=f"{self.root.uri}/{address}/record.json")
-                found.append(self._at_home(record, address))
+                with suppress(FileNotFoundError):
+                    found.append(self._at_home(self.record(address), address))
         return found
+
+    def record(self, address: str) -> Record:
+        """The record at an address; FileNotFoundError without one, StoreError if it is damaged.
+
+        From an object store it is read again before it counts as damaged.
+        """
+        key = f"{address}/record.json"
+        for tries_left in reversed(range(1 if self.root.is_local else READS)):
+            data = self.root.read_bytes(key)
+            try:
+                return Record.from_json(data, where=f"{self.root.uri}/{key}")
+            except StoreError:
+                if not tries_left:
+                    raise
+        raise AssertionError
 
     def unfinished(self) -> list[str]:
         """Attempts that no record names: `address/attempt`."""
@@ -246,16 +259,14 @@ class Store:
         yield Attempt(identity, self, name, base.child(name), _now())
 
     def _read(self, address: str, *, fingerprint: str, check_files: bool = True) -> Artifact | None:
-        where = f"{self.root.uri}/{address}/record.json"
         try:
-            data = self.root.read_bytes(f"{address}/record.json")
+            record = self.record(address)
         except FileNotFoundError:
             return None
-        record = Record.from_json(data, where=where)
         if fingerprint and record.fingerprint != fingerprint:
             raise StoreError(
-                f"{where}: fingerprint {record.fingerprint[:16]}…, expected {fingerprint[:16]}…; "
-                "it belongs to another config: use another --store or --force"
+                f"{self.root.uri}/{address}/record.json: fingerprint {record.fingerprint[:16]}…, "
+                f"expected {fingerprint[:16]}…; it belongs to another config: use another --store or --force"
             )
         self._at_home(record, address)
         artifact = _artifact(record, self.root.child(address))

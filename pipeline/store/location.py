@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -36,6 +37,9 @@ from pipeline.store.objects import (
 )
 
 _PART = ".part"
+
+_SENT: dict[str, str] = {}
+"""Digests of what this process put on object stores."""
 
 T = TypeVar("T")
 
@@ -197,6 +201,15 @@ class Location:
         with reading(f"{self.uri}/{key}"):
             return sha256_file(self._path(key))
 
+    def settled_sha256(self, key: str, expected: str = "") -> str:
+        """As `sha256`; from an object store once it is what was expected or sent, or two readings agree."""
+        seen = {expected or _SENT.get(f"{self.uri}/{key}", "")}
+        while True:
+            found = self.sha256(key)
+            if self.is_local or found in seen or len(seen) > READS:
+                return found
+            seen.add(found)
+
     def exists(self, key: str) -> bool:
         """Whether a file lies under `key`."""
         return bool(self._info(key).type == pafs.FileType.File)
@@ -281,7 +294,8 @@ class Location:
 
     def _upload(self, key: str, data: pa.Buffer) -> None:
         filesystem, root = _filesystem(self.uri)
-        upload(filesystem, f"{root}/{checked_key(key)}", data, where=f"{self.uri}/{key}")
+        where = f"{self.uri}/{key}"
+        _SENT[where] = upload(filesystem, f"{root}/{checked_key(key)}", data, where=where)
 
     def _read(self, key: str) -> bytes:
         with reading(f"{self.uri}/{key}"):
@@ -333,6 +347,18 @@ class Location:
 
 
 def node_cache() -> Path:
-    """Where this node keeps copies of remote files, by digest: KRONY_CACHE, or a folder for this user."""
-    default = Path(tempfile.gettempdir()) / f"krony-cache-{os.getuid()}"
-    return Path(os.environ.get("KRONY_CACHE", str(default)))
+    """Where this node keeps copies of remote files, by digest: KRONY_CACHE, or a folder for this user alone.
+
+    Raises StoreError where somebody else was faster and made that folder, or may write to it.
+    """
+    if chosen := os.environ.get("KRONY_CACHE"):
+        return Path(chosen)
+    folder = Path(tempfile.gettempdir()) / f"krony-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise StoreError(
+            f"{folder}: is another user's, or others may write to it, so its copies cannot be trusted; "
+            "remove it, or set KRONY_CACHE to a folder of your own"
+        )
+    return folder

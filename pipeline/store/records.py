@@ -26,6 +26,7 @@ DEEPEST = 64
 """Levels of objects and lists within each other that a record may have."""
 
 _WORD = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f]{1,246}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -75,8 +76,9 @@ class Record:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def to_json(self) -> bytes:
-        """Readable JSON, stable in its order."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+        """Readable JSON, stable in its order; `seal` is a digest of all the rest."""
+        raw = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return (json.dumps({**raw, "seal": _seal(raw)}, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
     def from_json(data: bytes, *, where: str) -> "Record":
@@ -88,6 +90,9 @@ class Record:
                 raise StoreError(
                     f"{where}: record schema {schema}, this version reads {SCHEMA}; use a matching krony"
                 )
+            seal = raw.pop("seal", None)  # records of earlier versions have none
+            if seal is not None and seal != _seal(raw):
+                raise StoreError(f"{where}: damaged, its seal is broken; rebuild the artifact with --force")
             files = {key: decode(FileInfo, info, f"files[{key!r}]") for key, info in raw.pop("files").items()}
             inputs = {
                 key: decode(InputRef, ref, f"inputs[{key!r}]") for key, ref in raw.pop("inputs").items()
@@ -99,6 +104,11 @@ class Record:
             raise StoreError(
                 f"{where}: not a krony record ({err}); rebuild the artifact with --force"
             ) from err
+
+
+def _seal(raw: Mapping[str, Any]) -> str:
+    canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _require_sound(record: Record) -> None:
@@ -134,5 +144,7 @@ def _require_inside(key: str) -> None:
 def _require_shallow(value: Any, where: str, left: int) -> None:
     if left == 0:
         raise ValueError(f"{where} is nested more than {DEEPEST} times")
+    if isinstance(value, str) and _CONTROL.search(value):  # it would speak to terminals
+        raise ValueError(f"{where} holds control characters")
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _require_shallow(each, where, left - 1)

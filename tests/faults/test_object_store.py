@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, StoreError
-from pipeline.store import objects
+from pipeline.store import location, objects
 from pipeline.store.artifacts import Identity, Store
 from pipeline.store.location import ChangedError, Location
 from pipeline.store.objects import StoreAccessError
@@ -177,6 +177,28 @@ def test_bytes_that_did_not_arrive_as_promised_are_read_again(
         with s3.fault(kind, s3_lab.to("documents.txt", "GET")) as fault:
             assert read() == expected
             assert fault.done == 1
+
+
+def test_a_record_that_did_not_arrive_as_it_was_put_is_read_again(bucket: str, s3: Any, s3_lab: Any) -> None:
+    publish(bucket)
+    for read in (lambda: Store(bucket).require(WORDS).record, lambda: Store(bucket).records()[0]):
+        with s3.fault("flip", s3_lab.to("record.json", "GET")) as fault:
+            assert read().metrics == {"documents": 1}
+            assert fault.done == 1
+
+
+def test_a_digest_is_not_taken_from_a_reading_that_went_wrong(bucket: str, s3: Any, s3_lab: Any) -> None:
+    with Store(bucket).attempt(WORDS) as attempt:
+        attempt.location.put_bytes("mine.bin", b"mine" * 100)
+        Location(attempt.location.uri).put_bytes("theirs.bin", b"theirs" * 100)
+        location._SENT.pop(f"{attempt.location.uri}/theirs.bin")  # as if another process had put it
+        with (
+            s3.fault("flip", s3_lab.to("mine.bin", "GET")) as one,
+            s3.fault("flip", s3_lab.to("theirs.bin", "GET")) as other,
+        ):
+            artifact = attempt.publish(metrics={})
+        assert one.done == other.done == 1
+    artifact.verify()
 
 
 def test_bytes_that_never_arrive_as_promised_are_an_error_and_no_copy(

@@ -140,9 +140,30 @@ def test_a_record_that_is_none_is_one_clear_line(store: Store, text: bytes) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_record_in_which_one_digit_changed_is_named(store: Store) -> None:
+    build(store)
+    key = f"{CORPUS.address}/record.json"
+    data = store.root.read_bytes(key)
+    assert b'"documents": 1' in data
+    store.root.put_bytes(key, data.replace(b'"documents": 1', b'"documents": 3'))
+    for read in (lambda: store.find(CORPUS), store.records, lambda: store.open(CORPUS.address)):
+        with pytest.raises(StoreError, match=r"record\.json: damaged, its seal is broken; rebuild"):
+            read()
+
+
+def test_a_record_of_a_version_without_seals_is_read(store: Store) -> None:
+    build(store)
+    key = f"{CORPUS.address}/record.json"
+    record = json.loads(store.root.read_bytes(key))
+    del record["seal"]
+    store.root.put_bytes(key, json.dumps(record).encode())
+    assert store.require(CORPUS).record.metrics == {"documents": 1}
+
+
 def test_a_store_from_another_config_is_refused(store: Store) -> None:
     build(store)
     record = json.loads(store.root.read_bytes(f"{CORPUS.address}/record.json"))
+    del record["seal"]
     record["fingerprint"] = record["fingerprint"][:8] + "0" * 56
     store.root.put_bytes(f"{CORPUS.address}/record.json", json.dumps(record).encode())
     with pytest.raises(StoreError, match="belongs to another config"):

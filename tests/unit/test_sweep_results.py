@@ -290,6 +290,7 @@ def test_arms_that_share_nothing_have_no_effects(sweep_store, tmp_path):
     sweep_store.write_sweep(tmp_path, methods=[], more=drawn, name="drawn")
     record = tmp_path / open_sweep(Store(tmp_path), "drawn").record.address / "record.json"
     table = json.loads(record.read_text())
+    del table["seal"]
     table["config"]["sweep"]["axes"] = [["train.lr", {}], ["train.warmup_steps", {}]]
     record.write_text(json.dumps(table))
     sweep = open_sweep(Store(tmp_path), "drawn")
@@ -328,7 +329,9 @@ def test_of_namesakes_the_newest_is_taken_and_the_others_are_named(sweep_store, 
     first = sweep_store.write_sweep(tmp_path, scored=False, seeds=[0])
     second = sweep_store.write_sweep(tmp_path, scored=False, seeds=[0, 1])
     path = tmp_path / first.record.address / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": "2001-01-01T00:00:00+00:00"}))
+    table = json.loads(path.read_text()) | {"finished": "2001-01-01T00:00:00+00:00"}
+    del table["seal"]
+    path.write_text(json.dumps(table))
     sweep = open_sweep(Store(tmp_path), "shapes")
     assert sweep.record.address == second.record.address
     assert any(first.record.address in problem for problem in sweep.problems)

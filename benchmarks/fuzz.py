@@ -4,11 +4,13 @@
 
 Targets take turns, an input each. An input follows from seed and number, so a finding is repeated by its
 number: `--only TARGET --first NUMBER --inputs 1`. A finding is any other exception, more than 10 seconds, or
-memory beyond 24 GB of addresses. With `--engine atheris`, where that is installed, one target is run by
-libFuzzer, which is led by the coverage of the Python code. The exit code is 1 if anything was found.
+memory beyond 24 GB of addresses; after 60 seconds on one input the process ends with a traceback. With
+`--engine atheris`, where that is installed, one target is run by libFuzzer, which is led by the coverage of
+the Python code. The exit code is 1 if anything was found.
 """
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
@@ -23,12 +25,17 @@ import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from benchmarks.fuzz_targets import Target, spoil, targets
 from pipeline.progress import Progress
 
-SLOW_S = 10.0
+if TYPE_CHECKING:
+    from benchmarks.fuzz_targets import Target
+
+SLOW_S, HUNG_S = 10.0, 60.0
 ADDRESSES = 24 << 30
 SHOWN = 20
 
@@ -49,18 +56,31 @@ class Tally:
         return self.taken + self.refused + sum(self.kinds.values())
 
 
-def spoiled(target: Target, *, seed: int, number: int) -> bytes:
+def load(engine: str) -> ModuleType:
+    """The targets; for atheris with the instruments of its coverage in our own code."""
+    if engine != "atheris":
+        return import_module("benchmarks.fuzz_targets")
+    import atheris
+
+    with atheris.instrument_imports(include=["model", "pipeline"]):
+        return import_module("benchmarks.fuzz_targets")
+
+
+def spoiled(target: "Target", *, seed: int, number: int) -> bytes:
     """Input `number` of a target; number 0 is a sound example."""
+    from benchmarks.fuzz_targets import spoil
+
     draw = random.Random(f"{seed} {target.name} {number}")  # noqa: S311 - no secret hangs on it
     example = draw.choice(target.examples)
     return spoil(example, draw) if number else example
 
 
-def throw(target: Target, data: bytes, tally: Tally, *, number: int, scratch: Path) -> None:
+def throw(target: "Target", data: bytes, tally: Tally, *, number: int, scratch: Path) -> None:
     """One input; what comes out is counted."""
     folder = scratch / "input"
     folder.mkdir()
     begin = time.monotonic()
+    faulthandler.dump_traceback_later(HUNG_S, exit=True)
     try:
         if target.takes(data, folder):
             tally.taken += 1
@@ -71,8 +91,10 @@ def throw(target: Target, data: bytes, tally: Tally, *, number: int, scratch: Pa
         kind = f"{type(err).__name__} at {Path(last.filename).name}:{last.lineno}"
         if not tally.kinds[kind]:
             tally.findings.append(f"{target.name} #{number}: {kind}: {str(err)[:200]}")
+            print(tally.findings[-1], file=sys.stderr, flush=True)
         tally.kinds[kind] += 1
     finally:
+        faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(folder)
     took = time.monotonic() - begin
     tally.slowest_s = max(tally.slowest_s, took)
@@ -80,7 +102,7 @@ def throw(target: Target, data: bytes, tally: Tally, *, number: int, scratch: Pa
         tally.findings.append(f"{target.name} #{number}: {took:.0f} s for {len(data):,} bytes")
 
 
-def run(options: argparse.Namespace, chosen: dict[str, Target], scratch: Path) -> dict[str, Tally]:
+def run(options: argparse.Namespace, chosen: "dict[str, Target]", scratch: Path) -> dict[str, Tally]:
     """Inputs for all targets in turn, until the time or the number is reached."""
     tallies = {name: Tally() for name in chosen}
     begin = time.monotonic()
@@ -96,7 +118,7 @@ def run(options: argparse.Namespace, chosen: dict[str, Target], scratch: Path) -
     return tallies
 
 
-def guided(options: argparse.Namespace, target: Target, scratch: Path) -> None:
+def guided(options: argparse.Namespace, target: "Target", scratch: Path) -> None:
     """One target under libFuzzer; ends the process when its time is over or something is found."""
     import atheris
 
@@ -112,7 +134,6 @@ def guided(options: argparse.Namespace, target: Target, scratch: Path) -> None:
         target.takes(data, folder)
 
     limits = ["-max_len=65536", "-rss_limit_mb=4096", f"-max_total_time={int(options.minutes * 60)}"]
-    atheris.instrument_all()
     atheris.Setup([sys.argv[0], *limits, str(corpus)], one)
     atheris.Fuzz()
 
@@ -136,7 +157,7 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="krony-fuzz-"))
     os.chdir(scratch)
     try:
-        known = targets(scratch)
+        known = load(options.engine).targets(scratch)
         names = options.only.split(",") if options.only else list(known)
         if unknown := [name for name in names if name not in known]:
             parser.error(f"no target {unknown[0]!r}; there are: {', '.join(known)}")

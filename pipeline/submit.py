@@ -174,7 +174,8 @@ def entrypoint(
     if redact(words) != list(words):
         raise PreflightError(
             f"{shlex.join(redact(words))}: a job's command is shown to all who see the dashboard; give "
-            "secrets by the environment of the nodes: MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD, AWS_…"
+            "secrets by the environment of the nodes: MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD, "
+            "AWS_…"
         )
     path = config.expanduser().resolve()
     sent = path.relative_to(upload.folder).as_posix() if path.is_relative_to(upload.folder) else ""

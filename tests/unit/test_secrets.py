@@ -69,6 +69,7 @@ def holding(folder: Path) -> list[str]:
     return [str(path) for path in files if PLANTED in str(path) or PLANTED.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_a_whole_chain_tells_and_keeps_no_secret(data_lab, tmp_path, free_port, monkeypatch, capfd):
     data_lab.in_process(monkeypatch)

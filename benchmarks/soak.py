@@ -30,7 +30,19 @@ from pathlib import Path
 from typing import Any
 
 from soak_faults import FAULTS, NOTICE_S, Fault, Scene
-from soak_work import EVERY, STEPS, Driver, Raylets, build, copied, outcome, steps_on_record, to_repeat, twice
+from soak_work import (
+    EVERY,
+    STEPS,
+    Driver,
+    Raylets,
+    build,
+    copied,
+    outcome,
+    steps_on_record,
+    to_repeat,
+    trials_lost,
+    twice,
+)
 
 from pipeline.errors import KronyError
 from pipeline.progress import duration, say
@@ -195,6 +207,8 @@ class Soak:
         if result.work == "train":
             resumed = scene.driver.resumed()
             result.lost = max(0, result.reached - resumed[0]) if resumed else 0
+        elif scene.driver.starts == 1 and not trials_lost(folder):
+            result.lost = 0
         if result.lost > EVERY:
             result.problems.append(f"{result.lost} steps were done again, checkpoints are {EVERY} apart")
         if again := twice(folder):

@@ -35,8 +35,10 @@ class Scene:
 
 def kill_worker(scene: Scene) -> None:
     """A process that trains."""
-    word = "ray::RayTrainWorker" if scene.driver.work == "train" else "ray::Trial"
-    scene.draw.choice(scene.lab.processes(word)).kill()
+    found = scene.lab.processes("ray::", "RayTrainWorker" if scene.driver.work == "train" else "Trial")
+    if not found:
+        raise TimeoutError("no process trains")
+    scene.draw.choice(found).kill()
 
 
 def kill_driver(scene: Scene) -> None:

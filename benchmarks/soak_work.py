@@ -75,6 +75,12 @@ def to_repeat(folder: Path) -> int:
     return max((step - kept[run] for run, step in reached.items()), default=0)
 
 
+def trials_lost(folder: Path) -> int:
+    """How often a trial of a sweep lost its process while the driver lived."""
+    events = "".join(path.read_text() for path in (folder / "store" / "sweep").glob("*/*/*.jsonl"))
+    return events.count('"event": "crashed"')
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a disturbance must not change; raises StoreError where a file is not what its record says."""
     found: dict[str, Any] = {}

@@ -43,6 +43,7 @@ class Raylets:
         self._token = process_token()
         self._saved = {name: os.environ.get(name) for name in self._environment()}
         os.environ.update(self._environment())
+        self._count = 0
         self.nodes: list[Any] = []
         """Workers."""
         self.leaving: list[Any] = []
@@ -59,6 +60,7 @@ class Raylets:
         config: dict[str, Any] = dict(QUICK)
         if self.durable:
             config |= {"gcs_storage": "rocksdb", "gcs_storage_path": str(self.folder / "gcs")}
+        (self.folder / "ray").mkdir()  # where it writes its address
         self._cluster = Cluster(shutdown_at_exit=True)
         self._add_node(num_cpus=0, include_dashboard=False, _system_config=config)
         for _ in range(workers):
@@ -68,7 +70,10 @@ class Raylets:
         # Without ports a raylet waits, at most 15 s, until its agents have written down which they took.
         names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port")
         ports = dict(zip((*names, "runtime_env_agent_port"), free_ports(4), strict=True))
-        return self._cluster.add_node(object_store_memory=STORE_BYTES, **ports, **how)
+        # Machines share no disk but the store: what a lost one had unpacked must not be missed by another.
+        self._count += 1
+        temp = str(self.folder / f"n{self._count}")
+        return self._cluster.add_node(object_store_memory=STORE_BYTES, temp_dir=temp, **ports, **how)
 
     @property
     def address(self) -> str:

@@ -59,14 +59,13 @@ class Graph:
         problems: list[str] = []
         for kind in KINDS:
             begun: list[str] = []
-            for name in store.root.folders(kind):
-                address = f"{kind}/{name}"
-                try:
-                    records[address] = store.record(address)
-                except FileNotFoundError:
+            for address, record in store.scan(kind):
+                if record is None:
                     begun.append(address)
-                except StoreError as err:
-                    problems.append(str(err))
+                elif isinstance(record, StoreError):
+                    problems.append(str(record))
+                else:
+                    records[address] = record
             problems += _begun(kind, begun)
         return Graph(records, tuple(problems))
 

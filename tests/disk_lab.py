@@ -13,7 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crash_lab import End, Publishing, forked
-from train_lab import Lab
+from train_lab import SPECS, Lab
+
+from model.export import save_native
+from model.gpt2 import GPT2
+from pipeline.store.scratch import scratch_folder
 
 
 def mount(disk: Path, *options: str) -> None:
@@ -61,13 +65,20 @@ def full_scratch(disk: Path) -> dict[str, object]:
     """The store has room, the folder for files on their way has none."""
     writer, root = Publishing(), str(disk.parent / "elsewhere")
     writer.prepare(root)
-    mount(disk, "size=200k")
+    mount(disk, "size=100k")
     tempfile.tempdir = str(disk)
     found = {"first": told(lambda: writer.write(root)), "left": told(lambda: writer.read(root))}
+    found["model"] = told(save_model)
     tempfile.tempdir = str(disk.parent)
     found["again"] = told(lambda: writer.write(root))
     found["after"] = told(lambda: writer.read(root))
     return found
+
+
+def save_model() -> None:
+    """A model on its way to the store, 160 kB."""
+    with scratch_folder() as folder:
+        save_native(GPT2(SPECS["dense"]).init_weights(seed=1), folder)
 
 
 def full_training(disk: Path) -> dict[str, object]:

@@ -13,6 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.store.location import Location, Promise
-from pipeline.store.objects import READS
+from pipeline.store.objects import READERS, READS, StoreAccessError
 from pipeline.store.provenance import provenance
 from pipeline.store.records import KINDS, FileInfo, InputRef, Record
 
@@ -208,11 +209,34 @@ class Store:
         """All records, or those of one kind, sorted by address. A damaged one raises StoreError."""
         found = []
         for each in KINDS if kind is None else (kind,):
-            for name in self.root.folders(each):
-                address = f"{each}/{name}"
-                with suppress(FileNotFoundError):
-                    found.append(self._at_home(self.record(address), address))
+            for address, record in self.scan(each):
+                if isinstance(record, StoreError):
+                    raise record
+                if record:
+                    found.append(self._at_home(record, address))
         return found
+
+    def scan(self, kind: str) -> list[tuple[str, Record | StoreError | None]]:
+        """Every address of a kind with its record, the error of a damaged one, or None where only begun.
+
+        From an object store many are read at once: there a record takes as long as a page of them.
+        """
+
+        def look(name: str) -> tuple[str, Record | StoreError | None]:
+            try:
+                return f"{kind}/{name}", self.record(f"{kind}/{name}")
+            except FileNotFoundError:
+                return f"{kind}/{name}", None
+            except StoreError as err:
+                if isinstance(err, StoreAccessError) and not self.root.is_local:
+                    raise  # it is not this one: nothing can be had
+                return f"{kind}/{name}", err
+
+        names = self.root.folders(kind)
+        if self.root.is_local or not names:
+            return [look(name) for name in names]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(look, names))
 
     def record(self, address: str) -> Record:
         """The record at an address; FileNotFoundError without one, StoreError if it is damaged.

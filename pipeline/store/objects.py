@@ -42,6 +42,9 @@ SILENCE_S = 20.0
 READS = 3
 """Times that something is sent or read before bytes that are not the promised ones are an error."""
 
+READERS = 16
+"""Small objects that are read at once."""
+
 _LASTING = re.compile(
     "AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES)"
 )

@@ -67,6 +67,7 @@ def test_a_full_store_keeps_what_it_has_and_goes_on_when_there_is_room(scene: An
 def test_a_full_scratch_folder_is_named_with_the_way_out(scene: Any) -> None:
     found = scene("full_scratch")
     said(found["first"], "cannot be written (No space left on device)", "set TMPDIR")
+    said(found["model"], "cannot be written (No space left on device)", "set TMPDIR")
     assert found["left"] == {"code": 0, "text": "old"}
     assert found["again"]["code"] == 0, found["again"]["text"]
     assert found["after"] == {"code": 0, "text": "new"}

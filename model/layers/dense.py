@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Dense
+from model.layers.choice import CostModel
 from model.layers.structured import StructuredLinear, normal_
 
 
@@ -14,6 +15,9 @@ class DenseLinear(StructuredLinear):
     def __init__(self, matrix: Dense, n_in: int, n_out: int, *, n_bias: int) -> None:
         super().__init__(matrix, n_in, n_out, n_bias=n_bias)
         self.weight = nn.Parameter(torch.zeros(n_in, n_out))
+        self.cost_model = CostModel(
+            share=self.share, efficiency=0.5, forming=0.0
+        )  # W is there: never factored
 
     def product(self, x: Tensor) -> Tensor:
         """xW: (..., n_in) -> (..., n_out)."""

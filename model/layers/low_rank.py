@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import LowRank
+from model.layers.choice import CostModel
 from model.layers.structured import ParameterTag, StructuredLinear, normal_
 
 
@@ -16,6 +17,7 @@ class LowRankLinear(StructuredLinear):
         super().__init__(matrix, n_in, n_out, n_bias=n_bias)
         self.first = nn.Parameter(torch.zeros(n_in, matrix.rank))
         self.second = nn.Parameter(torch.zeros(matrix.rank, n_out))
+        self.cost_model = CostModel(share=self.share, efficiency=1.0, forming=float(matrix.rank))
 
     def product(self, x: Tensor) -> Tensor:
         """xW without forming W: (..., n_in) -> (..., n_out)."""

@@ -14,18 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Cost, Matrix, ModelError
+from model.layers.choice import CostModel, Way
 
 Mode = Literal["auto", "factored", "materialize", "cached"]
 """`factored` never forms W, `materialize` forms it per call, `cached` keeps it in inference, `auto` picks."""
 
 Group = Literal["factor_big", "factor_small", "embedding", "dense"]
 """Parameters that may want their own learning rate."""
-
-FACTORED_UP_TO = 0.8
-"""`auto` forms W if the factored product costs more than this share of the dense one (seen on CPUs) ..."""
-
-MATERIALIZE_TOKENS = 256
-"""... and the call has at least so many tokens to spread the forming of W over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +48,16 @@ class StructuredLinear(Tagged, ABC):
     `mode` and `order` are how, not what: they are not saved and change no result beyond rounding.
     """
 
+    cost_model: CostModel
+    """What the product costs beside the dense one; `auto` picks by it."""
+
     def __init__(self, matrix: Matrix, n_in: int, n_out: int, *, n_bias: int) -> None:
         super().__init__()
         self.matrix, self.n_in, self.n_out, self.n_bias = matrix, n_in, n_out, n_bias
         self.cost: Cost = matrix.cost(n_in, n_out)
         self.bias = nn.Parameter(torch.zeros(n_bias)) if n_bias else None
         self.mode: Mode = "auto"
+        self.share = self.cost.macs / (n_in * n_out)
         self._cached: tuple[tuple[object, ...], Tensor] | None = None
 
     @abstractmethod
@@ -94,24 +93,32 @@ class StructuredLinear(Tagged, ABC):
         weight = self._cached_weight() if mode == "cached" else self.weight_matrix()
         return F.linear(x, weight.mT, bias)
 
-    def resolve_mode(self, tokens: int) -> Literal["factored", "materialize", "cached"]:
+    def resolve_mode(self, tokens: int) -> Way:
         """What `forward` does with so many tokens, here and now."""
         inference = not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if self.mode == "auto":
-            if self.cost.macs <= FACTORED_UP_TO * self.n_in * self.n_out:
-                return "factored"
-            if inference:
-                return "cached"
-            return "materialize" if tokens >= MATERIALIZE_TOKENS else "factored"
+            model = self.cost_model
+            return model.in_inference(tokens, few=self._read()) if inference else model.in_training(tokens)
         if self.mode == "cached":  # a kept W would hide the factors from autograd and from the compiler
             return "cached" if inference else "materialize"
         return self.mode
 
+    def _read(self) -> Literal["fp32", "bf16"] | None:
+        """The type of the numbers that a product reads; None away from CPUs, where nothing is known of it."""
+        weight = next(self.parameters())
+        if weight.device.type != "cpu":
+            return None
+        half = torch.is_autocast_enabled("cpu") or weight.dtype in {torch.bfloat16, torch.float16}
+        return "bf16" if half else "fp32"
+
     def _cached_weight(self) -> Tensor:
         """W, formed anew only if a factor has changed since."""
-        key = tuple(
-            (p.data_ptr(), p._version, p.dtype, p.device)  # noqa: SLF001 - counts in-place changes
-            for p in (*self.parameters(), *self.buffers())
+        key = (
+            torch.is_autocast_enabled(next(self.parameters()).device.type),  # W may be formed in bf16 then
+            *(
+                (p.data_ptr(), p._version, p.dtype, p.device)  # noqa: SLF001 - counts in-place changes
+                for p in (*self.parameters(), *self.buffers())
+            ),
         )
         if self._cached is None or self._cached[0] != key:
             self._cached = (key, self.weight_matrix().detach())

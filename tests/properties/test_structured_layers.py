@@ -12,7 +12,7 @@ from model.algebra.shapes import divisors, legal_shapes
 from model.config import Kron, LowRank, Site
 from model.layers.embedding import Embedding, KroneckerEmbedding
 from model.layers.factory import make_linear
-from model.layers.structured import MATERIALIZE_TOKENS, StructuredLinear, parameter_tags, set_mode
+from model.layers.structured import StructuredLinear, parameter_tags, set_mode
 
 WAYS = [
     ("factored", "b_first"),
@@ -176,14 +176,32 @@ def test_a_kept_weight_never_hides_the_factors_from_training():
     assert layer.right.grad is not None
 
 
+def test_a_weight_kept_under_autocast_is_not_taken_for_the_exact_one():
+    layer = make_linear(Site("w", 12, 8, 8, LowRank(rank=3))).eval()
+    layer.init_weights(std=1.0, generator=torch.Generator().manual_seed(0))
+    layer.mode, x = "cached", torch.randn(5, 12)
+    with torch.no_grad():
+        exact = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not torch.equal(layer(x).float(), exact)
+        assert torch.equal(layer(x), exact)
+
+
 def test_auto_forms_the_weight_only_where_that_is_cheaper():
     cheap = make_linear(Site("w", 768, 3072, 3072, Kron(m1=768, n1=768, m2=1, n2=4)))
     dear = make_linear(Site("w", 768, 3072, 3072, Kron(m1=256, n1=1024, m2=3, n2=3, terms=4)))
+    low = make_linear(Site("w", 768, 3072, 3072, LowRank(rank=576)))
     assert cheap.resolve_mode(1) == cheap.resolve_mode(10**6) == "factored"
-    assert dear.resolve_mode(MATERIALIZE_TOKENS - 1) == "factored"
-    assert dear.resolve_mode(MATERIALIZE_TOKENS) == "materialize"
+    assert low.resolve_mode(1) == low.resolve_mode(10**6) == "factored"
+    # 1.337 of the multiply-accumulates at an efficiency of 0.8 pay for 400 tokens of forming after 595
+    assert dear.resolve_mode(590) == "factored"
+    assert dear.resolve_mode(600) == "materialize"
+    half = make_linear(Site("w", 768, 3072, 3072, Kron(m1=384, n1=1536, m2=2, n2=2)))
     with torch.no_grad():
-        assert dear.eval().resolve_mode(1) == "cached"
+        assert {layer.eval().resolve_mode(1) for layer in (dear, low)} == {"cached"}
+        assert cheap.eval().resolve_mode(1) == half.eval().resolve_mode(1) == "factored"
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # W has half of the bytes, the steps are as many
+            assert (half.resolve_mode(1), half.resolve_mode(64)) == ("cached", "factored")
 
 
 @pytest.mark.parametrize(

@@ -137,14 +137,14 @@ class Attempt:
         files = {}
         for key, size in self.location.sizes().items():
             expected = (written or {}).get(key, "")
-            found = self.location.settled_sha256(key, expected)
-            if expected and found != expected:
+            digest = self.location.settled_sha256(key, expected)
+            if expected and digest != expected:
                 self.location.delete(key)
                 raise StoreError(
                     f"{self.location.uri}/{key}: changed since it was written, and removed; the same "
                     "command makes it again"
                 )
-            files[key] = FileInfo(bytes=size, sha256=found)
+            files[key] = FileInfo(bytes=size, sha256=digest)
         if not files:
             raise StoreError(f"{self.identity.address}: nothing was written, so there is nothing to publish")
         inputs = {}

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -150,7 +150,7 @@ def blocks(filesystem: pafs.FileSystem, path: str, *, where: str) -> Iterator[by
     """The bytes of an object; FileNotFoundError if there is none, StoreAccessError if not all can be had."""
     with reading(where), patiently(lambda: filesystem.open_input_file(path)) as file:
         for start in range(0, size := file.size(), _BLOCK):
-            yield patiently(lambda start=start: _read(file, start, min(_BLOCK, size - start)))
+            yield patiently(partial(_read, file, start, min(_BLOCK, size - start)))
 
 
 def _read(file: pa.NativeFile, start: int, count: int) -> bytes:

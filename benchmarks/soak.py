@@ -50,6 +50,9 @@ from pipeline.progress import duration, say
 ROUND_S = 300.0
 """Longest time of a round."""
 
+RAYS_WORDS = ("You have likely discovered a bug in Ray", "Failed to connect to GCS within")
+"""What Ray writes before it ends the process of a driver itself, which no caller can catch."""
+
 START_ATTEMPTS = 3
 """Tries to bring a cluster up."""
 
@@ -80,6 +83,8 @@ class Round:
     """Longest silence after the fault."""
     wall_s: float = 0.0
     drivers: int = 0
+    aborts: int = 0
+    """Drivers whose process Ray ended itself, in its own words."""
     lines: list[str] = field(default_factory=list)
     """Last words of drivers that ended early."""
     problems: list[str] = field(default_factory=list)
@@ -197,9 +202,14 @@ class Soak:
     def _note_end(self, driver: Driver, code: int, result: Round) -> None:
         if code == -signal.SIGKILL:
             return
-        last = driver.said[-1] if driver.said else ""
+        said = driver.said
+        if reason := next((each for each in said if any(words in each for words in RAYS_WORDS)), ""):
+            result.lines.append(f"{code}: {reason[:400]}")
+            result.aborts += 1
+            return
+        last = said[-1] if said else ""
         result.lines.append(f"{code}: {last}")
-        if not last.startswith("krony ") or "Traceback" in "".join(driver.said):
+        if not last.startswith("krony ") or "Traceback" in "".join(said):
             result.problems.append(f"the driver ended with {code} and not with one line: {last}")
 
     def _judge(self, scene: Scene, result: Round) -> None:
@@ -224,8 +234,8 @@ class Soak:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: each fault, how often, what was lost, how long the recovery took."""
     lines = [
-        "| what was done | to | times | went wrong | steps done again | longest silence: median, most |",
-        "|---|---|---|---|---|---|",
+        "| what was done | to | times | wrong | ended by Ray | steps again | longest silence: median, most |",
+        "|---|---|---|---|---|---|---|",
     ]
     for fault in FAULTS:
         for work in STEPS:
@@ -233,9 +243,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if mine:
                 times = [row["recovery_s"] for row in mine]
                 bad = sum(bool(row["problems"]) for row in mine)
+                aborts = sum(row.get("aborts", 0) for row in mine)
                 lost, median = max(row["lost"] for row in mine), statistics.median(times)
                 silence = f"{median:.1f} s, {max(times):.1f} s"
-                lines.append(f"| {fault} | {work} | {len(mine)} | {bad} | {lost} | {silence} |")
+                lines.append(f"| {fault} | {work} | {len(mine)} | {bad} | {aborts} | {lost} | {silence} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The main job with its store on a real S3 API behind a bad network: the same artifacts as on a disk.
 
-Corpus to table by the real command line, Ray and its workers included. One request in eleven meets a fault.
+Corpus to table by the real command line, Ray and its workers included. One request in seven meets a fault.
 """
 
 import importlib.util
@@ -84,7 +84,7 @@ def table_of(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def bucket(s3_lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A network on which one request in eleven meets a fault, of each kind in turn."""
+    """A network on which one request in seven meets a fault, of each kind in turn."""
     with s3_lab.server(tmp_path / "moto.log") as port, s3_lab.network(port) as net:
         for name, value in s3_lab.environment(net).items():
             monkeypatch.setenv(name, value)
@@ -96,7 +96,7 @@ def bucket(s3_lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             def is_due(request: Any) -> bool:
                 nonlocal turn
                 can_be = kind not in ("cut", "flip") or request.path.endswith((".bin", ".safetensors"))
-                if kind != turn or not can_be or next(passed) % 11:
+                if kind != turn or not can_be or next(passed) % 7:
                     return False
                 turn = next(turns)
                 return True

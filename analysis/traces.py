@@ -36,7 +36,9 @@ def known_losses(store: Store, graph: Graph) -> Callable[[str], pd.DataFrame]:
 
 
 def _losses(payload: Location) -> pd.DataFrame:
-    return pd.read_parquet(io.BytesIO(payload.read_bytes("losses.parquet")))
+    # For a few hundred rows threads cost more than they read.
+    data = io.BytesIO(payload.read_bytes("losses.parquet"))
+    return pd.read_parquet(data, "pyarrow", use_threads=False, to_pandas_kwargs={"use_threads": False})
 
 
 def history(
@@ -89,13 +91,16 @@ def matrix_errors(store: Store, init: Record) -> list[MatrixError]:
     """Of an init, by layer; raises OSError or ValueError for a report that cannot be read."""
     if REPORT not in init.files:
         return []
-    entries = json.loads(_payload(store, init).read_bytes(REPORT))
-    sites = [(_SITE.fullmatch(str(entry.get("name", ""))), entry) for entry in entries]
-    return [
-        MatrixError(int(site[1]), site[2], _relative_error(entry))
-        for site, entry in sites
-        if site is not None
-    ]
+    try:
+        entries = json.loads(_payload(store, init).read_bytes(REPORT))
+        sites = [(_SITE.fullmatch(str(entry.get("name", ""))), entry) for entry in entries]
+        return [
+            MatrixError(int(site[1]), site[2], _relative_error(entry))
+            for site, entry in sites
+            if site is not None
+        ]
+    except (TypeError, AttributeError, ArithmeticError, RecursionError) as err:
+        raise ValueError(f"not a list of matrices: {err}") from err
 
 
 def _relative_error(entry: Mapping[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from pipeline.cluster import connect
+from pipeline.cluster import can_grow, connect
 from pipeline.config.schema import RunConfig
 from pipeline.errors import KronyError, PreflightError, hide_passwords
 from pipeline.store.artifacts import Store
@@ -141,11 +141,13 @@ def _ray(config: RunConfig) -> str:
         total = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
         wanted = config.ray.workers * config.ray.cpus_per_worker
-        if wanted > total.get("CPU", 0):
+        grows = can_grow(ray)
+        if wanted > total.get("CPU", 0) and not grows:
             raise PreflightError(
                 f"ray.workers={config.ray.workers} need {wanted:g} CPUs, there are {total.get('CPU', 0):g}; "
                 "lower ray.workers or ray.cpus_per_worker, or add nodes"
             )
         return (
             f"{ray.__version__}: {nodes} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+            f"{', more when asked for' if grows else ''}"
         )

@@ -164,7 +164,8 @@ def _on_ray(whole: Part, workers: int, ray: RayConfig, progress: Progress, *, qu
     """One part per worker, added in the order of the parts."""
     asked = {"cpus": workers * ray.cpus_per_worker, "gpus": workers * ray.gpus_per_worker}
     with connect(ray, quiet=quiet) as library:
-        require_resources(library, **asked, what=f"calibration with {workers} workers")
+        what = f"calibration with {workers} workers"
+        require_resources(library, cpus=asked["cpus"], gpus=asked["gpus"], what=what, workers=workers)
         task = library.remote(_task).options(num_cpus=ray.cpus_per_worker, num_gpus=ray.gpus_per_worker)
         streams = [task.remote(part, gpu=ray.gpus_per_worker > 0) for part in whole.split(workers)]
         try:

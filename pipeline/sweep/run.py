@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from pipeline.chain import Chains
-from pipeline.cluster import connect, session
+from pipeline.cluster import can_grow, connect, require_resources, session
 from pipeline.config.load import to_json
 from pipeline.config.schema import RunConfig
 from pipeline.config.sweep import SweepStudy
@@ -84,6 +84,11 @@ def _campaign(study: SweepStudy, ledger: Ledger) -> tuple[Campaign, Mapping[str,
     return Campaign(sweep, ledger, known, ray=ray, proposer=guide, argv=argv), guide.bases
 
 
+def _nodes(ray: ModuleType) -> list[dict[str, float]]:
+    """Resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 class _Session:
     """One driver's work on a sweep."""
 
@@ -136,10 +141,16 @@ class _Session:
             say("sweep", f"{over} of {len(campaign.book.entries)} trials are over already")
 
     def _slots(self, ray: ModuleType) -> int:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = _nodes(ray)
         config = held(self._study.first, has_gpu=any(node.get("GPU", 0) for node in nodes))
         self._campaign.ray = config
-        fit = trial_slots(nodes, config)
+        wanted = self._study.sweep.concurrent or 1
+        if trial_slots(nodes, config) < wanted and can_grow(ray):
+            workers = wanted * max(1, config.workers)
+            cpus, gpus = workers * config.cpus_per_worker, workers * config.gpus_per_worker
+            what = f"a sweep of {wanted} trials at once"
+            require_resources(ray, cpus=cpus, gpus=gpus, what=what, workers=workers)
+        fit = trial_slots(_nodes(ray), config)
         if fit < 1:
             raise PreflightError(
                 f"not one trial fits on the cluster: it holds {config.workers or 1} × "

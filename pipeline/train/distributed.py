@@ -57,7 +57,7 @@ def fit(
     than `config.max_failures`, and whatever KronyError a worker raised.
     """
     with connect(config) as ray:
-        _require_room(ray, config)
+        _require_room(ray, config, should_stop)
         line = _open_line(ray)
         storage, name = _scratch(request.run)
         trainer = _trainer(request, config, line=line, storage=storage, name=name)
@@ -75,10 +75,17 @@ def fit(
 # --- in the driver ------------------------------------------------------------------------------------------
 
 
-def _require_room(ray: "ModuleType", config: RayConfig) -> None:
+def _require_room(ray: "ModuleType", config: RayConfig, should_stop: ShouldStop) -> None:
     asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
     what = f"training with {config.workers} workers"
-    require_resources(ray, cpus=asked["CPU"], gpus=asked["GPU"], what=what)
+    require_resources(
+        ray,
+        cpus=asked["CPU"],
+        gpus=asked["GPU"],
+        what=what,
+        workers=config.workers,
+        should_stop=should_stop,
+    )
     until = time.monotonic() + FREE_WAIT_S
     while True:
         free = ray.available_resources()

@@ -17,6 +17,9 @@ LONGEST_LINE = 2000
 SECRET = re.compile(r"(?i)(token(?![a-z])|secret|passw(or)?d|api[-_]?key|access[-_]?key|credential|private)")
 """Names of options and variables whose values are for nobody's eyes; `--train.batch-tokens` is none."""
 
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What no text of people holds: it would speak to terminals, or cannot be written as UTF-8."""
+
 _USERINFO = re.compile(r"(?<=://)[^/\s]*@")
 _QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|secret|password|passwd|pwd|key|credential)[\w-]*=)[^&\s#'\")]+")
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 from pipeline.config.sources import FilesCorpus
 from pipeline.data.documents import CorpusError, Document, Partition
+from pipeline.errors import CONTROL
 
 READER = 1
 """Raised whenever the same files give other documents."""
@@ -147,6 +148,8 @@ def find_files(patterns: tuple[str, ...], *, what: str) -> set[Path]:
                 f"each also {', '.join(COMPRESSIONS)}"
             )
         for path in new:
+            if CONTROL.search(str(path)):
+                raise CorpusError(f"{path}: its name holds what is no text, and is recorded; rename it")
             if not _is_supported(path):
                 raise CorpusError(
                     f"{path}: not a format that is read here; expected {', '.join(FORMATS)}, "

@@ -209,11 +209,11 @@ class Store:
         """All records, or those of one kind, sorted by address. A damaged one raises StoreError."""
         found = []
         for each in KINDS if kind is None else (kind,):
-            for address, record in self.scan(each):
+            for _, record in self.scan(each):
                 if isinstance(record, StoreError):
                     raise record
                 if record:
-                    found.append(self._at_home(record, address))
+                    found.append(record)
         return found
 
     def scan(self, kind: str) -> list[tuple[str, Record | StoreError | None]]:
@@ -224,7 +224,7 @@ class Store:
 
         def look(name: str) -> tuple[str, Record | StoreError | None]:
             try:
-                return f"{kind}/{name}", self.record(f"{kind}/{name}")
+                return f"{kind}/{name}", self._at_home(self.record(f"{kind}/{name}"), f"{kind}/{name}")
             except FileNotFoundError:
                 return f"{kind}/{name}", None
             except StoreError as err:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SECRET, hide_passwords
+from pipeline.errors import CONTROL, SECRET, hide_passwords
 
 PROJECT = Path(__file__).resolve().parents[2]
 _VERSIONS = (
@@ -37,7 +37,7 @@ def provenance() -> dict[str, Any]:
 
 
 def redact(argv: Sequence[str]) -> list[str]:
-    """`argv` without values of options that look like secrets, and without passwords in URIs."""
+    """`argv` without values of options that look like secrets, passwords in URIs and control characters."""
     clean: list[str] = []
     hide_next = False
     for word in argv:
@@ -50,7 +50,7 @@ def redact(argv: Sequence[str]) -> list[str]:
             hide_next = not equals
         else:
             clean.append(hide_passwords(word))
-    return clean
+    return [CONTROL.sub("\N{REPLACEMENT CHARACTER}", word) for word in clean]
 
 
 @lru_cache(maxsize=1)

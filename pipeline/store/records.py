@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from model.decode import decode, parse_json
-from pipeline.errors import StoreError
+from pipeline.errors import CONTROL, StoreError
 from pipeline.store.location import checked_key
 
 Kind = Literal[
@@ -26,7 +26,6 @@ DEEPEST = 64
 """Levels of objects and lists within each other that a record may have."""
 
 _WORD = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f]{1,246}")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -120,11 +119,12 @@ def _require_sound(record: Record) -> None:
     if record.kind not in KINDS:
         raise ValueError(f"kind is {record.kind!r}, expected one of {', '.join(KINDS)}")
     for name in ("name", "attempt"):
-        if not _WORD.fullmatch(value := getattr(record, name)):
+        if not _WORD.fullmatch(value := getattr(record, name)) or CONTROL.search(value):
             raise ValueError(f"{name} is {value!r}, expected a word without '/'")
     sizes = {key: info.bytes for key, info in record.files.items()}
     for key in (*sizes, *(ref.address for ref in record.inputs.values())):
         _require_inside(key)
+        _require_shallow(key, "a name", 1)
     if any(size < 0 for size in sizes.values()):
         raise ValueError("a file has less than no bytes")
     digests = [record.fingerprint, *(info.sha256 for info in record.files.values())]
@@ -144,7 +144,8 @@ def _require_inside(key: str) -> None:
 def _require_shallow(value: Any, where: str, left: int) -> None:
     if left == 0:
         raise ValueError(f"{where} is nested more than {DEEPEST} times")
-    if isinstance(value, str) and _CONTROL.search(value):  # it would speak to terminals
+    if isinstance(value, str) and CONTROL.search(value):
         raise ValueError(f"{where} holds control characters")
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    for each in parts if isinstance(parts, list) else ():
         _require_shallow(each, where, left - 1)

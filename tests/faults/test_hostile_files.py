@@ -296,7 +296,7 @@ def test_an_error_line_cannot_speak_to_the_terminal(tmp_path):
         read(path)
     assert "\x1b" in str(caught.value)
     assert caught.value.line.isprintable()
-    assert "not JSON" in caught.value.line
+    assert "rename it" in caught.value.line
 
 
 def test_an_error_line_ends(tmp_path):

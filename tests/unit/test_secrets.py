@@ -149,6 +149,16 @@ def test_recorded_words_hold_values_that_decide_and_none_that_is_secret():
     assert redact(words) == [*words[:5], "--hf-token", "***", "--api_key=***"]
 
 
+def test_recorded_words_can_be_read_again():
+    """A record with control characters, or with bytes that are no UTF-8, is refused by whoever reads it."""
+    assert redact(["a\x1b[31m", "b\udcff", "two\nlines", "ü 漢"]) == [
+        "a\ufffd[31m",
+        "b\ufffd",
+        "two\nlines",
+        "ü 漢",
+    ]
+
+
 def test_the_command_that_shows_the_pages_is_on_loopback_and_holds_no_password():
     assert ui_command("http://me:pw@host:5000") == "http://***@host:5000"
     command = ui_command("postgresql://me:pw@db/x")

@@ -17,7 +17,7 @@ from analysis.arms import arms, relabelled
 from analysis.compare import compared
 from analysis.gaps import gaps, unscored
 from analysis.lineage import Graph, Lineage
-from analysis.schema import SCORES, checked
+from analysis.schema import SCORES, checked, fitting
 from analysis.traces import history, known_losses, modules
 from analysis.tracks import NONE, TRACKS, tracks
 from pipeline.store.artifacts import Store
@@ -56,7 +56,8 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
             problems.append(f"{record.address}: the model it scored has no record")
         else:
             paths.append((record, lineage))
-    rows = _scores(paths, tracks(store, [path.init for _, path in paths if path.init], problems))
+    on_track = tracks(store, [path.init for _, path in paths if path.init], problems)
+    rows = _scores(_cells(paths, problems), on_track)
     read = known_losses(store, graph)
     table = compared(checked(rows, SCORES), read, problems)
     together = relabelled(arms(rows))
@@ -71,8 +72,8 @@ def load_frames(store: Store, *, scores: Sequence[str] = ()) -> Frames:
     return Frames(table, combined, curves, errors, graph, tuple(dict.fromkeys(problems)))
 
 
-def _scores(paths: Sequence[tuple[Record, Lineage]], on_track: Mapping[str, str]) -> list[dict[str, Any]]:
-    rows = _newest_exports([cell(record, lineage) for record, lineage in paths])
+def _scores(cells: Sequence[dict[str, Any]], on_track: Mapping[str, str]) -> list[dict[str, Any]]:
+    rows = _newest_exports(cells)
     for row in rows:
         row["track"] = on_track.get(row["init"], NONE)
     subjects = {row["subject"]: row for row in rows}
@@ -91,6 +92,17 @@ def _scores(paths: Sequence[tuple[Record, Lineage]], on_track: Mapping[str, str]
         row["recovery"] = value / best if row["metric"] == "accuracy" else best / value
         if reference.get("parameters") and row.get("parameters"):
             row["share"] = row["parameters"] / reference["parameters"]
+    return rows
+
+
+def _cells(paths: Sequence[tuple[Record, Lineage]], problems: list[str]) -> list[dict[str, Any]]:
+    """A row per record that says what a record says; one of somebody else may say anything."""
+    rows = []
+    for record, lineage in paths:
+        try:
+            rows.append(fitting(cell(record, lineage), SCORES))
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as err:
+            problems.append(f"{record.address}: a record on its path holds values of another kind ({err})")
     return rows
 
 

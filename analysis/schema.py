@@ -117,6 +117,7 @@ SPEEDS: Mapping[str, str] = {
     "finished": "str",
 }
 
+_KINDS: Mapping[str, Any] = {"str": str, "int": int | float, "float": int | float, "bool": bool}
 _TYPES: Mapping[str, Any] = {"str": "string", "int": "Int64", "float": "Float64", "bool": "boolean"}
 
 
@@ -126,11 +127,20 @@ def checked(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> pd.
     for column, kind in schema.items():
         try:
             frame[column] = frame[column].astype(_TYPES[kind])
-        except (ValueError, TypeError) as err:
+        except (ValueError, TypeError, OverflowError) as err:
             raise KronyError(
                 f"column {column!r} should be {kind}: {err}; the record that holds it is damaged"
             ) from err
     return frame
+
+
+def fitting(row: dict[str, Any], schema: Mapping[str, str]) -> dict[str, Any]:
+    """The row, if each value is of the kind that `schema` says; ValueError names the first that is not."""
+    for key, kind in schema.items():
+        value = row.get(key)
+        if value is not None and (not isinstance(value, _KINDS[kind]) or (value is True and kind != "bool")):
+            raise ValueError(f"{key} is {value!r:.60}, expected {kind}")
+    return row
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -209,7 +209,7 @@ class Soak:
             return
         last = said[-1] if said else ""
         result.lines.append(f"{code}: {last}")
-        if not last.startswith("krony ") or "Traceback" in "".join(said):
+        if code < 0 or not last.startswith("krony ") or "Traceback" in "".join(said):
             result.problems.append(f"the driver ended with {code} and not with one line: {last}")
 
     def _judge(self, scene: Scene, result: Round) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from pipeline.errors import KronyError
+from pipeline.interrupt import is_abandoned
 
 VERBS = {
     "run": "the whole chain: corpus to comparison table",
@@ -83,6 +84,9 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
 
 def _fail(line: str, code: int) -> int:
     print(line, file=sys.stderr, flush=True)
+    if is_abandoned():
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

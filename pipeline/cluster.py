@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RayConfig
 from pipeline.errors import Interrupted, PreflightError
+from pipeline.interrupt import is_abandoned
 from pipeline.progress import say
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMM
 
 
 _sessions: list[ExitStack] = []
-_abandoned = threading.Event()
 
 
 @contextmanager
@@ -62,14 +62,6 @@ def session() -> Iterator[None]:
             yield
         finally:
             _sessions.clear()
-
-
-def abandon() -> None:
-    """Let this process end without a farewell to Ray: one of its threads still waits for an answer.
-
-    Were Ray shut down first, that thread would end the process before it has said why it ends.
-    """
-    _abandoned.set()
 
 
 @contextmanager
@@ -132,7 +124,7 @@ def _open(ray: "ModuleType") -> Iterator[None]:
     try:
         yield
     finally:
-        if _abandoned.is_set():
+        if is_abandoned():
             atexit.unregister(ray.shutdown)
         else:
             ray.shutdown()

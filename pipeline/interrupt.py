@@ -13,6 +13,22 @@ from types import FrameType
 
 from pipeline.progress import say
 
+_abandoned = threading.Event()
+
+
+def abandon() -> None:
+    """Let this process end without a farewell: one of its threads waits for an answer that may never come.
+
+    A library that is shut down under such a thread may end the process before it has said why it ends, or
+    crash at its exit: whoever says the last word then ends the process at once.
+    """
+    _abandoned.set()
+
+
+def is_abandoned() -> bool:
+    """Whether a thread of this process still waits."""
+    return _abandoned.is_set()
+
 
 @contextmanager
 def stop_on_signal(label: str) -> Iterator[Callable[[], bool]]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pipeline.cluster import abandon, connect, require_resources
+from pipeline.cluster import connect, require_resources
 from pipeline.config.schema import RayConfig
 from pipeline.errors import KronyError, PreflightError, TrainError
+from pipeline.interrupt import abandon
 from pipeline.progress import say
 from pipeline.store.location import Location
 from pipeline.train.line import Line, Told

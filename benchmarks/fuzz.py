@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz --minutes 10 [--seed 0] [--only record,history] [--engine spoil|atheris]
 
-Targets take turns, an input each. An input follows from seed and number, so a finding is repeated by its
+Targets get equal time. An input follows from seed and number, so a finding is repeated by its
 number: `--only TARGET --first NUMBER --inputs 1`. A finding is any other exception, more than 10 seconds, or
 memory beyond 24 GB of addresses; after 60 seconds on one input the process ends with a traceback. With
 `--engine atheris`, where that is installed, one target is run by libFuzzer, which is led by the coverage of
@@ -46,6 +46,7 @@ class Tally:
 
     taken: int = 0
     refused: int = 0
+    spent_s: float = 0.0
     slowest_s: float = 0.0
     findings: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -97,24 +98,27 @@ def throw(target: "Target", data: bytes, tally: Tally, *, number: int, scratch: 
         faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(folder)
     took = time.monotonic() - begin
-    tally.slowest_s = max(tally.slowest_s, took)
+    tally.spent_s, tally.slowest_s = tally.spent_s + took, max(tally.slowest_s, took)
     if took > SLOW_S:
         tally.findings.append(f"{target.name} #{number}: {took:.0f} s for {len(data):,} bytes")
 
 
 def run(options: argparse.Namespace, chosen: "dict[str, Target]", scratch: Path) -> dict[str, Tally]:
-    """Inputs for all targets in turn, until the time or the number is reached."""
+    """Inputs for the target that had the least time so far, until the time or the number is reached."""
     tallies = {name: Tally() for name in chosen}
-    begin = time.monotonic()
-    seconds, number = options.minutes * 60, options.first
+    begin, seconds = time.monotonic(), options.minutes * 60
     with Progress("fuzz", int(seconds), unit="s") as progress:
-        while time.monotonic() - begin < seconds and number - options.first < options.inputs:
-            for name, target in chosen.items():
-                data = spoiled(target, seed=options.seed, number=number)
-                throw(target, data, tallies[name], number=number, scratch=scratch)
-            number += 1
-            found = sum(len(tally.findings) for tally in tallies.values())
-            progress.update(int(time.monotonic() - begin), inputs=number * len(chosen), findings=found)
+        while time.monotonic() - begin < seconds:
+            left = {name: tally for name, tally in tallies.items() if tally.tried < options.inputs}
+            if not left:
+                break
+            name = min(left, key=lambda each: left[each].spent_s)
+            number = options.first + tallies[name].tried
+            data = spoiled(chosen[name], seed=options.seed, number=number)
+            throw(chosen[name], data, tallies[name], number=number, scratch=scratch)
+            tried = sum(each.tried for each in tallies.values())
+            found = sum(len(each.findings) for each in tallies.values())
+            progress.update(int(time.monotonic() - begin), inputs=tried, findings=found)
     return tallies
 
 

@@ -10,9 +10,11 @@ import gzip
 import io
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
+from analysis.comparison import comparison
+from analysis.frames import load_frames
+from analysis.tables import csv, terminal
 from model.compress.contract import Stats
 from model.compress.stats_file import load_stats, save_stats
 from model.config import GPT2Config, Kron, ModelError, ModelSpec
@@ -145,7 +150,7 @@ def _spoil_bytes(data: bytes, draw: random.Random) -> bytes:
 
 def targets(folder: Path) -> dict[str, Target]:
     """All targets by name; their examples are made below `folder`."""
-    made = [*_configs(), *_stores(folder), *_data(folder), *_models(folder)]
+    made = [*_configs(), *_stores(folder), *_data(folder), *_models(folder), *_reports(folder)]
     return {target.name: target for target in made}
 
 
@@ -192,8 +197,7 @@ def _stores(folder: Path) -> list[Target]:
         attempt.location.put_bytes("deeper/metrics-00001.jsonl", b'{"step": 1}\n')
         attempt.publish(metrics={"val_loss": 3.5, "steps": 7}, settings={"name": "units"})
     payload = {key: attempt.location.read_bytes(key) for key in attempt.location.list()}
-    record = json.loads(store.root.read_bytes(f"{identity.address}/record.json"))
-    record.pop("seal", None)  # whoever writes a record can seal it
+    record = _unsealed(store.root.read_bytes(f"{identity.address}/record.json"), "record.json")
     place = Location.of(folder / "run")
     state = CheckpointState(
         step=4, tokens=64, seed=0, fingerprint="f" * 64, train_loss=3.0, val_loss_initial=4.0, val_loss=3.0,
@@ -221,7 +225,7 @@ def _stores(folder: Path) -> list[Target]:
 
     rows = b'{"step": 1, "loss": 3.5}\n{"step": 2, "loss": "nan", "note": "x"}\n{"step": 2, "loss": 3}\n'
     return [
-        Target("record", (json.dumps(record).encode(),), read_record),
+        Target("record", (record,), read_record),
         Target("checkpoint manifest", (saved[manifest],), read_checkpoint_of),
         Target(
             "history",
@@ -331,6 +335,45 @@ def _models(folder: Path) -> list[Target]:
         Target("pickle of a checkpoint", (members[pickle],), import_pickle),
         Target("foreign safetensors", (_nanogpt_safetensors(dense),), _put("ckpt.safetensors", import_file)),
     ]
+
+
+def _reports(folder: Path) -> list[Target]:
+    """Tables of a study in which one file is spoiled; the study is invented, what holds it is real."""
+    if (tests := str(PROJECT / "tests")) not in sys.path:
+        sys.path.append(tests)
+    invented = import_module("study_store")
+    store: Store = invented.write_study(
+        folder / "study", models=invented.MODELS[1:3], protocols=("krony/wt2",), context=256
+    )
+    kept = {key: store.root.read_bytes(key) for key in store.root.list()}
+
+    def spoiled(name: str, ending: str, kind: str) -> Target:
+        keys = [key for key in kept if key.startswith(f"{kind}/") and key.endswith(ending)]
+
+        def read(data: bytes, own: Path) -> object:
+            place = Store(own / "study")
+            for key, content in kept.items():
+                place.root.put_bytes(key, data if key == keys[-1] else content)
+            frames = load_frames(place)
+            return terminal(comparison(frames.arms)), csv(frames.scores), csv(frames.history)
+
+        return Target(f"report {name}", (_unsealed(kept[keys[-1]], ending),), read)
+
+    return [
+        *(spoiled(f"{kind} record", "record.json", kind) for kind in ("scores", "run", "init")),
+        spoiled("history", ".jsonl", "run"),
+        spoiled("matrices", "report.json", "init"),
+        spoiled("structure", "config.json", "init"),
+    ]
+
+
+def _unsealed(data: bytes, ending: str) -> bytes:
+    """A record without its seal, which whoever writes one can renew; other files as they are."""
+    return (
+        json.dumps({k: v for k, v in json.loads(data).items() if k != "seal"}).encode()
+        if "record" in ending
+        else data
+    )
 
 
 def _nanogpt_safetensors(model: GPT2) -> bytes:

@@ -5,10 +5,10 @@ dense controls, and models with another embedding table. Read from the structure
 its weights, which says what the report of its matrices leaves out: missing blocks, narrower random layers.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.decode import parse_json
 from pipeline.store.artifacts import Store
 from pipeline.store.records import Record
 
@@ -30,8 +30,16 @@ def tracks(store: Store, inits: Sequence[Record], problems: list[str]) -> dict[s
             continue
         where = store.root.child(f"{init.address}/{init.attempt}")
         try:
-            found[init.address] = track(parse_json(where.read_bytes(STRUCTURE))["model"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as err:
+            found[init.address] = track(json.loads(where.read_bytes(STRUCTURE))["model"])
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as err:
             found[init.address] = NONE
             problems.append(f"{init.address}/{STRUCTURE}: cannot be read ({err}), so it is on no track")
     return found

@@ -7,10 +7,13 @@ squared error is the tail: the sum of the squared singular values that were cut 
 
 # r terms; A is the stack `left` (r, m1, n1), B the stack `right` (r, m2, n2); weights are (in, out): y = x W
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from model.algebra.gauge import apply_gauge, canonical_signs, match_norm
@@ -21,6 +24,12 @@ NEARLY_EXACT = 1e-6
 """Tail below this share of the energy: a Gram matrix cannot resolve it, the singular values are taken
 instead.
 """
+
+LANCZOS_FROM = 512
+"""Rows of a Gram matrix from which a few leading vectors are found without all others ..."""
+
+LANCZOS_SHARE = 50
+"""... a few being at most one in so many."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +143,30 @@ def leading_pairs(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
         b, a, sigma = leading_pairs(matrix.T, rank)
         return a, b, sigma
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = _leading_eigenpairs(matrix.T @ matrix, rank)
     if rank < len(values) and values[rank:].sum() < NEARLY_EXACT * values.sum():
         _, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         vectors = right.T
     else:
         sigma = values.sqrt()
     return matrix @ vectors[:, :rank], vectors[:, :rank], sigma
+
+
+def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a positive semi-definite matrix, largest first, and at least `rank` eigenvectors.
+
+    Values alone cost a third of a full decomposition; a few leading vectors of a large matrix are found by
+    Lanczos, to machine precision and always from the same start.
+    """
+    size = len(gram)
+    if size >= LANCZOS_FROM and rank * LANCZOS_SHARE <= size:
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+        with suppress(ArpackNoConvergence):  # many equal values: the full decomposition below has no trouble
+            start = np.random.default_rng(0).standard_normal(size)
+            _, found = eigsh(gram.numpy(), k=rank, which="LA", v0=start, tol=0)
+            return values, torch.from_numpy(found[:, ::-1].copy())
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def dominant_pair(

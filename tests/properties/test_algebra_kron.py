@@ -289,3 +289,23 @@ def test_the_dominant_pair_of_a_non_negative_matrix_is_non_negative(rows, cols, 
         float(sigma[1:].square().sum()), rel=1e-6, abs=1e-8
     )
     assert float(left.norm()) == pytest.approx(float(right.norm()))
+
+
+def test_a_few_pairs_of_a_large_matrix_are_those_of_its_svd():
+    matrix = torch.randn(900, 600, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scaled = matrix * torch.arange(1, 601) ** -0.35  # a spectrum like that of weights
+    _, expected, right = torch.linalg.svd(scaled, full_matrices=False)
+    a, b, sigma = leading_pairs(scaled, 3)
+    torch.testing.assert_close(sigma, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(b.abs(), right[:3].T.abs(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(a @ b.T, scaled @ right[:3].T @ right[:3], rtol=1e-8, atol=1e-8)
+    assert all(torch.equal(x, y) for x, y in zip(leading_pairs(scaled, 3), (a, b, sigma), strict=True))
+
+
+def test_equal_singular_values_are_no_trouble():
+    rotation, _ = torch.linalg.qr(
+        torch.randn(520, 520, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
+    a, b, sigma = leading_pairs(rotation, 2)
+    torch.testing.assert_close(sigma, torch.ones(520, dtype=torch.float64))
+    torch.testing.assert_close((a @ b.T).square().sum(), torch.tensor(2.0, dtype=torch.float64))

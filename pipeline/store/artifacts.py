@@ -92,7 +92,7 @@ class Artifact:
     def verify(self) -> None:
         """Hash every file again, in the store; raises StoreError naming the first that is not as recorded."""
         for name, info in self.record.files.items():
-            found = self.location.sha256(name)
+            found = self.location.settled_sha256(name, info.sha256)
             if found != info.sha256:
                 raise StoreError(
                     f"{self.record.address}/{name}: sha256 {found[:12]}…, record says {info.sha256[:12]}…; "

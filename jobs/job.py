@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """List our jobs, show what one writes until it ends, or end it.
 
     The exit code of `follow` is that of the job: 0 succeeded, 130 stopped, else that of its command. `stop`
-    ends with 0 once the job is over, with 1 if it is not after a minute.
+    ends with 0 once the job is over, with 1 if it is not after two minutes.
     """
     asked = _parse(argv)
     from pipeline import submit

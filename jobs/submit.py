@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs import cli
 from pipeline.config.arguments import LineParser
+from pipeline.errors import hide_passwords
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     job = submit.submit(submit.dashboard_address(asked.address), name, command, upload)
     if asked.json:
-        print(json.dumps({"id": job.id, "is_new": job.is_new, "address": job.address}))
+        print(json.dumps({"id": job.id, "is_new": job.is_new, "address": hide_passwords(job.address)}))
         return 0
     print(f"job       {job.id}{'' if job.is_new else ' runs already'}")
     print(f"follow    {job.follow()}\nstop      {job.stop()}", flush=True)

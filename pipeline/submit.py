@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import Study, load_study
 from pipeline.config.schema import RunConfig
-from pipeline.errors import PreflightError
+from pipeline.errors import PreflightError, hide_passwords
 from pipeline.store.location import Location
 from pipeline.store.provenance import provenance, redact
 
@@ -35,7 +35,10 @@ LIMIT_BYTES = 100 * 2**20
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 RETRY_S = 1.0
 PATIENCE_S = 60.0
-"""How long a dashboard may be away while a job is followed, and a job may take to stop."""
+"""How long a dashboard may be away while a job is followed."""
+
+STOP_S = 120
+"""How long a job that is told to end may take to save its state, before Ray kills it; 3 s unless told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,11 @@ class Submission:
 
     def follow(self) -> str:
         """The command that shows its output until it ends."""
-        return f"krony job follow {self.id} --address {self.address}"
+        return f"krony job follow {self.id} --address {hide_passwords(self.address)}"
 
     def stop(self) -> str:
         """The command that ends it; what is finished stays."""
-        return f"krony job stop {self.id} --address {self.address}"
+        return f"krony job stop {self.id} --address {hide_passwords(self.address)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +220,7 @@ def submit(address: str, name: str, command: str, upload: Upload) -> Submission:
         "KRONY_COMMIT": str(origin["commit"]),
         "KRONY_DIRTY": str(origin["dirty"]),
         "PYTHONUNBUFFERED": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
     }
     try:
         client.submit_job(
@@ -277,7 +281,7 @@ def stop(address: str, name: str) -> JobState:
         return find_job(address, name)
     client = _client(address)
     client.stop_job(name)
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + STOP_S + RETRY_S
     while not (state := _state(client.get_job_info(name))).is_over and time.monotonic() < until:
         time.sleep(RETRY_S)
     return state
@@ -303,9 +307,14 @@ class _Echo:
 
 
 async def _tail(client: "JobSubmissionClient", name: str, echo: _Echo) -> None:
+    from aiohttp import ClientError  # what Ray reads the log with
+
     echo.begin()
-    async for part in client.tail_job_logs(name):
-        echo.take(part)
+    try:
+        async for part in client.tail_job_logs(name):
+            echo.take(part)
+    except ClientError as err:  # no OSError, though a tunnel whose far end is away raises it
+        raise ConnectionError(str(err)) from err
 
 
 def _is_ours(job: Any) -> bool:

@@ -113,8 +113,8 @@ def _random_teacher(teacher: ScratchTeacher, vocab_size: int, place: Location) -
 
 
 def _train(work: Work, attempt: Attempt, tokens: Artifact, training: _Training) -> Artifact:
-    should_stop = training.driver.should_stop if training.driver else lambda: False
-    with alone(attempt, label=training.label, should_stop=should_stop) as made:
+    driver = training.driver or Driver(on_row=lambda _: None, should_stop=lambda: False)
+    with alone(attempt, label=training.label, should_stop=driver.should_stop, on_wait=driver.on_wait) as made:
         return made or _train_alone(work, attempt, tokens, training)
 
 

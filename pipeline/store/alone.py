@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -24,11 +24,17 @@ POLL_S = 0.5
 
 
 @contextmanager
-def alone(attempt: Attempt, *, label: str, should_stop: Callable[[], bool]) -> Iterator[Artifact | None]:
-    """Hold the attempt, and yield what another process made of it while this one waited for it, if it did.
+def alone(
+    attempt: Attempt,
+    *,
+    label: str,
+    should_stop: Callable[[], bool],
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[Artifact | None]:
+    """Hold the attempt, and yield what another process made of it before this one's turn came, if it did.
 
-    Says once, in a line, whom it waits for; raises Interrupted if `should_stop` before its turn comes, and
-    StoreError where no lock file can be made.
+    Says once, in a line, whom it waits for, and calls `on_wait` again and again meanwhile; raises Interrupted
+    if `should_stop` before its turn comes, and StoreError where no lock file can be made.
     """
     place = attempt.store.root.child(attempt.identity.address)
     if not place.is_local:
@@ -44,20 +50,21 @@ def alone(attempt: Attempt, *, label: str, should_stop: Callable[[], bool]) -> I
             "--store"
         ) from err
     with file:
-        waited = False
+        has_told = False
         while not _is_taken(file, path):
+            on_wait()
             if should_stop():
                 raise Interrupted(
                     f"{attempt.identity.address}: {_holder(file)} is at work on it, not this one"
                 )
-            if not waited:
+            if not has_told:
                 say(label, f"{attempt.identity.address}: {_holder(file)} is at work on it; waits for its end")
-            waited = True
+            has_told = True
             time.sleep(POLL_S)
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
-        made = attempt.store.find(attempt.identity) if waited else None
+        with suppress(OSError):  # for people; on a full disk the lock holds without it
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+        made = attempt.store.find(attempt.identity)
         yield made if made and made.record.attempt == attempt.name else None
 
 

@@ -193,8 +193,16 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
         if is_validated and _is_reached(job, int(row["tokens"])):
             channel.ask_stop("rung")
 
+    waits = 0
+
+    def on_wait() -> None:
+        nonlocal waits
+        waits += 1
+        channel.enter("train")  # a sign of life
+
     driver = Driver(
         on_row=on_row,
+        on_wait=on_wait,
         should_stop=lambda: channel.why != "",
         validate_at=tuple(map(job.config.train.step_at, job.rungs)),
         on_group=channel.join,
@@ -215,6 +223,8 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
         stages.run(work)
     except Interrupted:
         return _left(work, init, ENDS[channel.why], train_s=time.monotonic() - began)
+    for row in validations(work) if waits else ():  # what another process made is told too, each point once
+        channel.row(row)
     train_s = time.monotonic() - began - (channel.waited_s - waited)
     channel.enter("score")
     if finish:

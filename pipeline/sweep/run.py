@@ -149,7 +149,12 @@ class _Session:
             workers = wanted * max(1, config.workers)
             cpus, gpus = workers * config.cpus_per_worker, workers * config.gpus_per_worker
             what = f"a sweep of {wanted} trials at once"
-            require_resources(ray, cpus=cpus, gpus=gpus, what=what, workers=workers)
+            try:
+                require_resources(ray, cpus=cpus, gpus=gpus, what=what, workers=workers)
+            except PreflightError as err:
+                if trial_slots(_nodes(ray), config) < 1:
+                    raise
+                say("sweep", f"{err.line}; goes on with what there is")
         fit = trial_slots(_nodes(ray), config)
         if fit < 1:
             raise PreflightError(

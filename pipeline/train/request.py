@@ -35,6 +35,9 @@ class Driver:
     on_group: Callable[[Any], None] | None = None
     """Gets the placement group of a training on several workers."""
 
+    on_wait: Callable[[], None] = lambda: None
+    """Called again and again while another process is at work on the same run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitRequest:

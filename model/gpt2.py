@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from model.config import BlockSpec, Convention, GPT2Config, ModelError, ModelSpec, SplitQKV
 from model.layers.embedding import Embedding
 from model.layers.factory import LinearFactory, make_linear, make_table
+from model.layers.kronecker import KroneckerLinear
 from model.layers.paired import paired
 from model.layers.structured import StructuredLinear
 from model.losses import chunked_cross_entropy_sum
@@ -27,7 +28,7 @@ GELU: Mapping[str, str] = {"gelu_new": "tanh", "gelu": "none"}
 """How torch calls them."""
 
 CPU_PIECE = 1024
-"""Tokens that an MLP of factors takes at a time on a CPU: what lies between them is cached then."""
+"""Tokens that a Kronecker MLP takes at a time on a CPU: what lies between its factors is cached then."""
 
 Recompute = Literal["none", "mlp", "block"]
 """What is made again in the backward pass instead of being kept; changes memory and time, never a result."""
@@ -92,7 +93,10 @@ class MLP(nn.Module):
         tokens = x.shape[:-1].numel()
         if x.device.type != "cpu" or tokens <= CPU_PIECE or torch.compiler.is_compiling():
             return False
-        return all(layer.resolve_mode(tokens) == "factored" for layer in (self.c_fc, self.c_proj))
+        layers = (self.c_fc, self.c_proj)
+        return all(
+            isinstance(each, KroneckerLinear) and each.resolve_mode(tokens) == "factored" for each in layers
+        )
 
     def _both(self, x: Tensor) -> Tensor:
         out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))

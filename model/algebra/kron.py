@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 from model.algebra.gauge import apply_gauge, canonical_signs, match_norm
@@ -161,7 +161,7 @@ def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     size = len(gram)
     if size >= LANCZOS_FROM and rank * LANCZOS_SHARE <= size:
         values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
-        with suppress(ArpackNoConvergence):  # many equal values: the full decomposition below has no trouble
+        with suppress(ArpackError):  # zeros, or many equal values: the full decomposition has no trouble
             start = np.random.default_rng(0).standard_normal(size)
             _, found = eigsh(gram.numpy(), k=rank, which="LA", v0=start, tol=0)
             return values, torch.from_numpy(found[:, ::-1].copy())

@@ -71,6 +71,10 @@ class KroneckerLinear(StructuredLinear):
             weight = weight[self.gather_in.argsort()]
         return weight if self.gather_out is None else weight[:, self.gather_out]
 
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{super().extra_repr()}, order={self.order}"
+
     def init_weights(self, *, std: float, generator: torch.Generator) -> None:
         """Both factors N(0, (std / sqrt(terms))^1/2), so that the sum has entries of that std; scales 1."""
         each = (std / self.left.shape[0] ** 0.5) ** 0.5

@@ -302,6 +302,13 @@ def test_a_few_pairs_of_a_large_matrix_are_those_of_its_svd():
     assert all(torch.equal(x, y) for x, y in zip(leading_pairs(scaled, 3), (a, b, sigma), strict=True))
 
 
+def test_a_large_zero_matrix_is_no_trouble():
+    a, b, sigma = leading_pairs(torch.zeros(600, 520, dtype=torch.float64), 2)
+    assert not a.any()
+    assert not sigma.any()
+    torch.testing.assert_close(b.T @ b, torch.eye(2, dtype=torch.float64))
+
+
 def test_equal_singular_values_are_no_trouble():
     rotation, _ = torch.linalg.qr(
         torch.randn(520, 520, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,8 @@
 
 Random weights of GPT-2's shape and random tokens. Sides: the loop that everybody writes (a window, `labels`,
 `loss`), and ours on the same dense weights and on a compressed model that was never dense, in fp32 and bf16.
-Every round is the whole text; medians of the ratios to the loop of equal precision, round by round, come out
-as JSON, with the losses of the two dense sides, which must agree.
+Every round is the whole text; ratios are to the loop of equal precision, round by round. The losses of the
+dense sides, beside them, must agree.
 """
 
 import argparse
@@ -59,13 +59,13 @@ def ours(model: GPT2, sequence: TokenSequence, *, batch: int, half: bool) -> Cal
 
 
 def main() -> None:
-    """Time all sides and print one JSON object."""
+    """Time all sides and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", type=int, nargs=2, default=(768, 768), metavar=("M1", "N1"))
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass, ours")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()

@@ -4,7 +4,7 @@
 
 `kept` counts the bytes that autograd saves per token in one MLP of GPT-2 small's width, weights left out: a
 property of the code, equal on every machine. `peak` is the resident memory that a fresh process adds by two
-training steps of the whole model (weights, gradients, AdamW, activations), the model not compiled.
+training steps of the whole model (weights, gradients, AdamW, activations), not compiled; only on Linux.
 """
 
 import argparse
@@ -55,6 +55,10 @@ def kept(mlp: nn.Module, tokens: int, *, half: bool) -> float:
     return (sum(found.values()) - weights) / tokens
 
 
+CLEAR = Path("/proc/self/clear_refs")
+"""Writing here makes the peak of a process begin anew; Linux alone has it."""
+
+
 def peak(size: str, *, layers: int, rows: int) -> float:
     """MB that two steps add to a process that has done a smaller step before."""
     warm = step_of(specs(1, [])["dense"], rows=1, device="cpu", compiled=False)
@@ -62,7 +66,7 @@ def peak(size: str, *, layers: int, rows: int) -> float:
     del warm
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    CLEAR.write_text("5")
     before = psutil.Process().memory_info().rss
     spec = next(s for name, s in specs(layers, [size]).items() if name.startswith(size))
     step = step_of(spec, rows=rows, device="cpu", compiled=False)
@@ -104,7 +108,7 @@ def main() -> None:
         for dtype in ("fp32", "bf16"):
             row[f"of_dense_{dtype}"] = row[f"kept_{dtype}"] / rows[0][f"kept_{dtype}"]
         size = str(row["side"]).split()[0]
-        if size in options.sizes:
+        if size in options.sizes and CLEAR.exists():
             command = [sys.executable, "-m", "benchmarks.memory", "--peak", size]
             command += ["--layers", str(options.layers), "--rows", str(options.rows)]
             done = subprocess.run(command, capture_output=True, check=True, text=True)

@@ -4,8 +4,8 @@
 
 GPT-2 small's shape, rows of 1,024 random tokens, one process, sides by turns. Each peer brings its own model
 and its own optimizer (`configure_optimizers`), in the precision and with or without the compiler as a side
-says; `nanogpt-best` is its step with everything that torch offers it (compiled, bf16, fused AdamW), which its
-own script does not use on a CPU. Nothing of a checkout is changed or kept. A side with a name of ours is
+says; `-best` is its step with everything that torch offers it (compiled, bf16, fused AdamW), which its own
+script does not use on a CPU. Nothing of a checkout is changed or kept. A side with a name of ours is
 `krony-dense`, `krony-81M`, `krony-96M`; `-eager` and `-fp32` are appended where that is meant.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -112,8 +113,9 @@ def build(side: str, options: argparse.Namespace) -> Callable[[], None]:
     compiled, half = not side.endswith(("-eager", "-fp32")), not side.endswith("-fp32")
     name = side.removesuffix("-eager").removesuffix("-fp32")
     if name.startswith("krony-pt-"):
-        model = krony_pt(options.krony_pt, name.removeprefix("krony-pt-"))
-        return of_peer(model, rows=options.rows, compiled=compiled, half=half, fused=True)
+        model = krony_pt(options.krony_pt, name.removeprefix("krony-pt-").removesuffix("-best"))
+        fused = name.endswith("-best")
+        return of_peer(model, rows=options.rows, compiled=compiled, half=half, fused=fused)
     if name.startswith("krony-"):
         size = name.removeprefix("krony-")
         spec = next(s for key, s in specs(12, [size]).items() if key.startswith(size))
@@ -171,7 +173,7 @@ def main() -> None:
     rows = [
         {
             "side": side,
-            "tokens_per_s": options.rows * CONTEXT / float(times.mean()),
+            "tokens_per_s": options.rows * CONTEXT / float(np.median(times)),
             **against(took[base], times),
         }
         for side, times in took.items()

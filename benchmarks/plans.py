@@ -102,7 +102,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, matrix in matrices().items():
         layer = layer_of(matrix).to(options.device)
-        layer.init_weights(std=0.02, generator=torch.Generator(options.device).manual_seed(0))
+        layer.init_weights(std=0.02, generator=torch.Generator().manual_seed(0))
         for tokens in options.tokens:
             for half in (dtype == "bf16" for dtype in options.dtypes):
                 for training in (True, False) if tokens > 1 else (False,):
@@ -146,12 +146,12 @@ def compare(
     # a ratio within each round, so that what else the machine does meets both
     regret = max(1.0, Spread.of_ratio(took["auto"], took[fastest]).middle)
     layer.mode = "auto"
-    chosen = layer.resolve_mode(tokens) if training else _inferred(layer, tokens)
+    chosen = layer.resolve_mode(tokens) if training else _inferred(layer, tokens, half=half)
     return {"auto_ms": 1000 * medians["auto"], "auto": chosen, "fastest": fastest, "regret": regret}
 
 
-def _inferred(layer: StructuredLinear, tokens: int) -> str:
-    with torch.inference_mode():
+def _inferred(layer: StructuredLinear, tokens: int, *, half: bool) -> str:
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         return layer.resolve_mode(tokens)
 
 

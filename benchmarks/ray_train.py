@@ -100,7 +100,7 @@ def main() -> None:
     )
     for name, default in (
         ("steps", 120),
-        ("rounds", 3),
+        ("rounds", 6),
         ("layers", 4),
         ("width", 256),
         ("vocabulary", 8192),

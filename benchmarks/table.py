@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.config.speed import FEWEST_ROUNDS
 from pipeline.evaluate.speed import place
 from pipeline.evaluate.turns import Seconds, Spread
 from pipeline.store.provenance import provenance
@@ -18,14 +19,13 @@ Row = Mapping[str, str | float]
 
 
 def against(base: Seconds, times: Seconds) -> dict[str, float]:
-    """Seconds of a side (median), and how many times as fast as the base it is, with a 95 % interval."""
+    """Seconds of a side (median), and how many times as fast as the base it is, with a 95 % interval.
+
+    Fewer than `FEWEST_ROUNDS` rounds have no such interval, and get none.
+    """
     ratio = Spread.of_ratio(base, times)
-    return {
-        "seconds": Spread.quartiles(times).middle,
-        "ratio": ratio.middle,
-        "low": ratio.low,
-        "high": ratio.high,
-    }
+    found = {"seconds": Spread.quartiles(times).middle, "ratio": ratio.middle}
+    return found if len(times) < FEWEST_ROUNDS else {**found, "low": ratio.low, "high": ratio.high}
 
 
 def publish(rows: Sequence[Row], path: Path | None, *, device: str = "cpu") -> None:

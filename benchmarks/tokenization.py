@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="krony-bench-") as name:
         folder = Path(name)
         (folder / "text").mkdir()

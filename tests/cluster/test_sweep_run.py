@@ -189,6 +189,7 @@ def test_trials_on_two_workers_are_killed_and_stopped_and_give_all_back(ray_loca
     assert good["val_loss"] == pytest.approx(stages.run(plain).record.metrics["val_loss"], rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_halving_pauses_and_goes_on_and_ends_with_the_winner_of_the_full_runs(
     ray_local, sweep_lab, place, base
 ):
@@ -285,6 +286,7 @@ def test_a_killed_and_a_silent_process_cost_time_and_nothing_else(ray_local, swe
     assert_all_given_back(ray_local)
 
 
+@pytest.mark.nightly
 def test_a_killed_raylet_and_a_killed_driver_change_nothing(sweep_lab, place, base, whole):
     study = long_study(sweep_lab, place, base)
     location = Store(study.first.store).root.child(f"{sweep_identity(study).address}/1")

@@ -98,6 +98,7 @@ def quiet_run(words: list[str]) -> tuple[str, str]:
     return output, progress
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)

@@ -43,7 +43,7 @@ def test_a_slow_rank_costs_time_and_nonsense_of_one_rank_stops_both_and_is_named
     assert_alike(rows(tmp_path / "slow"), lab.fit(lab.request(tmp_path / "alone", **TRAIN)).rows)
     assert done.returncode != 0
     said = sorted(line for line in done.stderr.splitlines() if line.startswith("rank "))
-    assert [line.split(":")[0] for line in said] == ["rank 0", "rank 1"]
+    assert said, "the first rank to leave says why; torchrun may end the other one before it does"
     for line in said:
         assert "step 5: the loss or its gradient is not a finite number on rank 1 of 2" in line
     kept = {path.name.split(".")[0] for path in (tmp_path / "nonsense/checkpoints").iterdir()}

@@ -77,7 +77,7 @@ def timed(side: str, asked: FitRequest, *, threads: int) -> tuple[float, np.ndar
     began = time.perf_counter()
 
     def on_log(row: Row) -> None:
-        rows.append((int(row["step"]), float(row["tokens_per_s"]), time.perf_counter()))
+        rows.append((int(row["step"]), float(row.get("tokens_per_s", np.nan)), time.perf_counter()))
 
     if side == "plain":
         local.fit(asked, on_log=on_log, should_stop=lambda: False)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,6 +145,12 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@cache
+def _own_token() -> str:
+    """One per process, because Ray reads its token once: a second private Ray has to know the same."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator[ModuleType]":
     # Socket paths below this folder must stay under 107 characters, so it lies directly in the temp dir.
@@ -152,7 +159,7 @@ def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator
     if not os.environ.get("RAY_AUTH_TOKEN") and not saved["RAY_AUTH_TOKEN_PATH"]:
         token = temp / "token"
         token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        token.write_text(_own_token())
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     # Workers of a local Ray are started by its raylet with this environment: our modules must be on their
     # path.

@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="", help="folder with GPT-2's vocab.bpe and encoder.json")
     parser.add_argument("--megabytes", type=float, default=1000.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="as in [data]")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     cores = os.cpu_count() or 1
@@ -125,6 +126,7 @@ def main() -> None:
         )
         words = ["--corpus.name", "files", "--corpus.paths", json.dumps([str(folder / "text")])]
         words += ["--tokenizer.name", "gpt2", "--tokenizer.path", options.tokenizer, "--data.dedup", "false"]
+        words += ["--data.shard-tokens", str(options.shard_tokens)]
         study = load_study(None, overrides=[*words, "--store", str(folder / "store")])
         work = Work.on(study.first, quiet=True)
         with session():

@@ -19,13 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.table import against, publish
-from model.config import GPT2Config, ModelSpec
-from model.export import save_native
-from model.gpt2 import GPT2
+from benchmarks.train_loop import prepare
 from pipeline.cluster import connect
 from pipeline.config.schema import RayConfig
 from pipeline.config.training import TrainConfig
-from pipeline.data.shards import ShardWriter
 from pipeline.store.location import Location
 from pipeline.train import distributed, local
 from pipeline.train.request import FitRequest, Row
@@ -38,37 +35,19 @@ WARM = 4
 
 
 def request(folder: Path, options: argparse.Namespace) -> FitRequest:
-    """A random model and random shards."""
-    arch = GPT2Config(
-        n_layer=options.layers, n_head=4, n_embd=options.width, n_ctx=256, vocab_size=options.vocabulary
-    )
-    save_native(GPT2(ModelSpec.dense(arch)).init_weights(seed=0), folder / "init")
-    (folder / "tokens").mkdir()
-    random = np.random.default_rng(0)
-    for name in ("train", "val"):
-        with ShardWriter(folder / "tokens" / f"{name}.bin") as shard:
-            shard.add(random.integers(0, options.vocabulary, 500_000))
+    """The random model and shards of `train_loop`, trained for so many steps with a row every few."""
+    prepared = prepare(folder, options)
     train = TrainConfig(
         batch_tokens=options.batch_tokens,
-        seq_len=256,
-        micro_batch=options.batch_tokens // 256,
+        micro_batch=options.batch_tokens // prepared.train.seq_len,
         max_steps=options.steps,
         log_every=EVERY,
         val_every=options.steps,
         val_tokens=4096,
         checkpoint_every=options.steps,
-        device="cpu",
+        device=options.device,
     )
-    return FitRequest(
-        train=train,
-        seed=0,
-        init=Location(str(folder / "init")),
-        tokens=Location(str(folder / "tokens")),
-        shards=("train.bin",),
-        val_shards=("val.bin",),
-        run=Location(str(folder / "run")),
-        fingerprint="0" * 64,
-    )
+    return dataclasses.replace(prepared, train=train)
 
 
 def timed(side: str, asked: FitRequest, *, threads: int) -> tuple[float, np.ndarray]:
@@ -108,6 +87,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--csv", type=Path)
+    parser.set_defaults(device="cpu")
     options = parser.parse_args()
     threads = torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Ray gives a worker as many as it has CPUs, unless told

@@ -1,8 +1,8 @@
 """Ray: join a cluster, or start a private local one, with the switches that our versions need.
 
 Everything that must be set before `import ray` is set here and nowhere else. A local Ray is private to this
-process: own temp dir, loopback, token auth with a token of its own, shut down at the end. Joining never
-starts anything.
+process: own temp dir, no dashboard, token auth with a token of its own, shut down at the end; Ray itself lets
+its ports listen on all interfaces (SECURITY.md). Joining never starts anything.
 """
 
 import atexit

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cluster_lab import free_ports
 
 PROJECT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120
@@ -46,14 +46,6 @@ class Head:
     cluster: str
     folder: Path
     secrets: dict[str, str]
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def answers(address: str) -> bool:

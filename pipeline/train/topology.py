@@ -5,16 +5,19 @@ that somebody else has made (Ray Train). The loop sees only the result. Every co
 a peer that is gone is a `PeerLost`, never a hang.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import PreflightError, TrainError
@@ -114,7 +117,8 @@ def from_environment(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[T
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store = _meeting_point(_address(), rank, world)
+    store.set_timeout(timeout)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore(f"run-{next(_groups)}", store),  # type: ignore[attr-defined]
@@ -127,6 +131,25 @@ def from_environment(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[T
         yield Topology(rank=rank, world=world, device=chosen)
     finally:
         dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_point(address: str, rank: int, world: int) -> TCPStore:
+    """The store where the ranks find each other, held until this process ends; `address` is `host:port`.
+
+    Without torchrun rank 0 serves it. A store for each group would end with the group, and a rank that is
+    already asking for the next group, at the same port, would be cut off with it.
+    """
+    url = f"tcp://{address}?rank={rank}&world_size={world}"
+    store, _, _ = next(rendezvous(url, timeout=timedelta(seconds=TIMEOUT_S)))
+    return cast(TCPStore, store)
+
+
+def _address() -> str:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise PreflightError(f"{name} is not in the environment of a rank; torchrun sets it")
+    return f"{os.environ['MASTER_ADDR']}:{_integer('MASTER_PORT', 0)}"
 
 
 def joined(device: torch.device) -> Topology:

@@ -13,7 +13,7 @@ from pipeline.train.topology import Topology, choose_device, from_environment, l
 PROJECT = Path(__file__).resolve().parents[2]
 
 RANK = """
-import os, sys, torch
+import os, time, torch
 from pipeline.train.topology import PeerLost, from_environment
 for _ in range(2):  # one process trains a teacher, then a student
     with from_environment("cpu", timeout_s=60) as topology:
@@ -26,6 +26,8 @@ for _ in range(2):  # one process trains a teacher, then a student
         values = torch.full((3,), float(rank + 1))
         topology.sum_(values)
         assert values.tolist() == [3.0, 3.0, 3.0]
+        if rank == 0:
+            time.sleep(0.5)  # the other is already on its way to the next group
 with from_environment("cpu", timeout_s=60) as topology:
     topology.maxima([0.0])
     if topology.rank == 1:
@@ -77,6 +79,17 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(PreflightError, match="no Metal device"):
         choose_device("mps")
+
+
+def test_a_rank_that_does_not_know_where_to_meet_is_told(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with (
+        pytest.raises(PreflightError, match="MASTER_PORT is not in the environment"),
+        from_environment("cpu"),
+    ):
+        pass
 
 
 def test_an_environment_that_is_no_number_is_refused(monkeypatch):

@@ -27,6 +27,8 @@ from pipeline.evaluate.turns import Spread, take_turns
 HIDDEN = 4 * WIDTH
 MORE = {
     "67M r=4": (32, 64, 4),
+    "67M r=8": (32, 64, 8),
+    "67M r=16": (32, 64, 16),
     "81M r=2": (768, 768, 2),
     "82M 2x2 r=2": (384, 1536, 2),
     "80M 3x3 r=2": (256, 1024, 2),

@@ -11,8 +11,8 @@ from typing import Literal
 
 Way = Literal["factored", "materialize", "cached"]
 
-KEPT_BEYOND = 0.8
-"""Share of the dense multiply-accumulates from which a kept W is faster."""
+KEPT_BEYOND = 0.9
+"""Price of the factored product, dense being 1, from which a kept W is faster; it needs fewer calls."""
 
 FEW_TOKENS = 64
 """Below, a product on a CPU takes the time of reading its numbers ..."""
@@ -22,6 +22,10 @@ KEPT_BEYOND_FEW = {"fp32": 0.6, "bf16": 0.4}
 
 EFFICIENCY = 0.8
 """Of Kronecker products of many tokens, per multiply-accumulate; two plain products of a low rank have 1."""
+
+LONG_SIDE = 128
+EFFICIENCY_OF_SHORT_SIDES = 0.4
+"""Of those none of whose factors has a side as long as `LONG_SIDE`: their products do not fill the units."""
 
 FORMING_PER_TERM = 100.0
 """Tokens whose dense product takes as long as forming one Kronecker term, with its gradients."""
@@ -47,5 +51,12 @@ class CostModel:
 
     def in_inference(self, tokens: int, *, few: Literal["fp32", "bf16"] | None) -> Way:
         """Factored or kept; `few` is the type that is read where few tokens are a matter of reading."""
-        bound = KEPT_BEYOND if few is None or tokens >= FEW_TOKENS else KEPT_BEYOND_FEW[few]
-        return "cached" if self.share > bound else "factored"
+        if few is not None and tokens < FEW_TOKENS:
+            return "cached" if self.share > KEPT_BEYOND_FEW[few] else "factored"
+        return "cached" if self.share > KEPT_BEYOND * self.efficiency else "factored"
+
+
+def kronecker_cost(share: float, sides: tuple[int, int, int, int], *, terms: int) -> CostModel:
+    """Of a sum of `terms` products of factors with these `sides` (m1, n1, m2, n2)."""
+    efficiency = EFFICIENCY if max(sides) >= LONG_SIDE else EFFICIENCY_OF_SHORT_SIDES
+    return CostModel(share=share, efficiency=efficiency, forming=FORMING_PER_TERM * terms)

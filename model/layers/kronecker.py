@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.algebra.kron import kron_apply, kron_sum
 from model.algebra.shapes import KronShape, Order
 from model.config import Kron
-from model.layers.choice import EFFICIENCY, FORMING_PER_TERM, CostModel
+from model.layers.choice import kronecker_cost
 from model.layers.structured import ParameterTag, StructuredLinear, normal_
 
 
@@ -33,8 +33,8 @@ class KroneckerLinear(StructuredLinear):
         self.shape = KronShape(matrix.m1, matrix.n1, matrix.m2, matrix.n2)
         self.order: Order | Literal["auto"] = "auto"
         self.decay_right = matrix.decay_right
-        forming = FORMING_PER_TERM * matrix.terms
-        self.cost_model = CostModel(share=self.share, efficiency=EFFICIENCY, forming=forming)
+        sides = (matrix.m1, matrix.n1, matrix.m2, matrix.n2)
+        self.cost_model = kronecker_cost(self.share, sides, terms=matrix.terms)
         self.left = nn.Parameter(torch.zeros(matrix.terms, matrix.m1, matrix.n1))
         self.right = nn.Parameter(torch.zeros(matrix.terms, matrix.m2, matrix.n2))
         self.scales = nn.Parameter(torch.ones(matrix.terms)) if matrix.scales else None

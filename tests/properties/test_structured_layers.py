@@ -196,8 +196,13 @@ def test_auto_forms_the_weight_only_where_that_is_cheaper():
     # 1.337 of the multiply-accumulates at an efficiency of 0.8 pay for 400 tokens of forming after 595
     assert dear.resolve_mode(590) == "factored"
     assert dear.resolve_mode(600) == "materialize"
+    # factors of short sides do half as much in the same time: 0.84 of the work costs 2.1
+    short = make_linear(Site("w", 768, 3072, 3072, Kron(m1=32, n1=64, m2=24, n2=48, terms=16)))
+    assert short.resolve_mode(1024) == "factored"
+    assert short.resolve_mode(4096) == "materialize"
     half = make_linear(Site("w", 768, 3072, 3072, Kron(m1=384, n1=1536, m2=2, n2=2)))
     with torch.no_grad():
+        assert short.eval().resolve_mode(256) == "cached"
         assert {layer.eval().resolve_mode(1) for layer in (dear, low)} == {"cached"}
         assert cheap.eval().resolve_mode(1) == half.eval().resolve_mode(1) == "factored"
         with torch.autocast("cpu", dtype=torch.bfloat16):  # W has half of the bytes, the steps are as many

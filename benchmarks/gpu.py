@@ -5,7 +5,7 @@
 First whether the layers are right there (fp32 without TF32 and bf16, against the dense matrix they stand for,
 gradients too), then the MLP alone (S1, S2), one token (S3), whole training steps compiled and not, with the
 share of the card's peak (S4, S5), attention and cross-entropy each in two ways, and decoding of an export
-(S12). Plain torch, no Ray. `--device cpu --layers 1 --rows 1` tries the script itself.
+(S12). Plain torch, no Ray. `--device cpu --layers 1 --rows 1 --tokens 256 --rounds 1` tries the script.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def _results(mlp: torch.nn.Module, x: torch.Tensor, *, mode: Any, half: bool) ->
     return [out.detach(), rows.grad, *(p.grad for p in mlp.parameters() if p.grad is not None)]
 
 
-def mlps(device: str, *, tokens: int, compiled: bool) -> dict[str, Any]:
+def mlps(device: str, *, tokens: int, compiled: bool, rounds: int) -> dict[str, Any]:
     """How many times as fast as the dense MLP each shape is, in bf16."""
     built = {"dense": dense_mlp(), **{name: kron_mlp(*shape) for name, shape in SHAPES.items()}}
     sides: dict[str, Callable[[], None]] = {}
@@ -70,7 +70,7 @@ def mlps(device: str, *, tokens: int, compiled: bool) -> dict[str, Any]:
     for run in sides.values():
         run()
         run()
-    took = take_turns(sides, rounds=30, seconds=20.0, fewest=6, device=device).seconds
+    took = take_turns(sides, rounds=rounds, seconds=20.0, fewest=min(6, rounds), device=device).seconds
     return {name: _ratio(took["dense"], times) for name, times in took.items()}
 
 
@@ -87,7 +87,7 @@ def steps(device: str, *, layers: int, rows: int, compiled: bool, rounds: int) -
     return found if device == "cpu" else training_step.with_memory(found, layers=layers, rows=rows)
 
 
-def two_ways(device: str, *, layers: int, rows: int) -> dict[str, Any]:
+def two_ways(device: str, *, layers: int, rows: int, rounds: int) -> dict[str, Any]:
     """The dense step with flash or plain attention, and logits whole, in pieces of 2^27 (usual) or 2^24."""
     spec = training_step.specs(layers, [])["dense"]
     whole = training_step.step_of(spec, rows=rows, device=device, compiled=False)
@@ -108,7 +108,7 @@ def two_ways(device: str, *, layers: int, rows: int) -> dict[str, Any]:
     sides |= {"logits whole": partial(at_most, 2**40), "logits in small pieces": partial(at_most, 2**24)}
     for run in sides.values():
         run()
-    took = take_turns(sides, rounds=10, seconds=20.0, fewest=6, device=device).seconds
+    took = take_turns(sides, rounds=rounds, seconds=20.0, fewest=min(6, rounds), device=device).seconds
     return {name: _ratio(took["usual"], times) for name, times in took.items()}
 
 
@@ -143,20 +143,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rows", type=int, default=32, help="rows of 1,024 tokens per training step")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of the MLP alone")
+    parser.add_argument("--rounds", type=int, default=20, help="most turns of a comparison")
     options = parser.parse_args()
-    device, layers, rows = options.device, options.layers, options.rows
+    device, layers, rows, rounds = options.device, options.layers, options.rows, options.rounds
+    many = f"MLP, {options.tokens:,} tokens"
     if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: nothing was measured")
         return
     parts: dict[str, Callable[[], Any]] = {
         "correctness": lambda: correctness(device),
-        "step, compiled": lambda: steps(device, layers=layers, rows=rows, compiled=True, rounds=20),
-        "MLP, 16,384 tokens, compiled": lambda: mlps(device, tokens=16_384, compiled=True),
-        "MLP, 16,384 tokens": lambda: mlps(device, tokens=16_384, compiled=False),
-        "MLP, one token": lambda: mlps(device, tokens=1, compiled=False),
+        "step, compiled": lambda: steps(device, layers=layers, rows=rows, compiled=True, rounds=rounds),
+        f"{many}, compiled": lambda: mlps(device, tokens=options.tokens, compiled=True, rounds=rounds),
+        many: lambda: mlps(device, tokens=options.tokens, compiled=False, rounds=rounds),
+        "MLP, one token": lambda: mlps(device, tokens=1, compiled=False, rounds=rounds),
         "decoding of an export": lambda: decoding(device, layers=layers),
-        "step": lambda: steps(device, layers=layers, rows=rows, compiled=False, rounds=10),
-        "two ways": lambda: two_ways(device, layers=layers, rows=rows),
+        "step": lambda: steps(device, layers=layers, rows=rows, compiled=False, rounds=rounds),
+        "two ways": lambda: two_ways(device, layers=layers, rows=rows, rounds=rounds),
     }
     place = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     found: dict[str, Any] = {"device": place, "torch": torch.__version__, "layers": layers, "rows": rows}

@@ -28,7 +28,6 @@ SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"
 @pytest.fixture
 def server(tmp_path: Path, free_port: int) -> Iterator[str]:
     """Address of a server, started as docs/tracking.md says."""
-    pytest.importorskip("flask_wtf", reason="needs the extra mlflow[auth]")
     settings = tmp_path / "auth.ini"
     settings.write_text(
         "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"

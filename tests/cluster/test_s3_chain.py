@@ -3,7 +3,6 @@
 Corpus to table by the real command line, Ray and its workers included. One request in seven meets a fault.
 """
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -21,10 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.nightly,
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(
-        importlib.util.find_spec("moto") is None,
-        reason="no S3 server to test with: moto[server] is not installed",
-    ),
 ]
 PROJECT = Path(__file__).resolve().parents[2]
 DETERMINISTIC = ("corpus", "tokenizer", "tokens", "init", "model", "scores")

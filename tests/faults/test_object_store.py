@@ -1,6 +1,5 @@
 """The store on a real S3 API, over a network that refuses, cuts, delays, damages and kills."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -21,10 +20,6 @@ from pipeline.store.artifacts import Identity, Store
 from pipeline.store.location import ChangedError, Location
 from pipeline.store.objects import StoreAccessError
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("moto") is None,
-    reason="no S3 server to test with: moto[server] is not installed",
-)
 TESTS = Path(__file__).resolve().parents[1]
 WORDS = Identity("corpus", "words", {"source": "words"})
 SAID = 7
@@ -351,11 +346,14 @@ def test_verbs_on_a_store_that_cannot_be_reached_end_with_a_line_and_code_3(
     bucket: str, s3: Any, python: Callable[..., Any], free_port: int, tmp_path: Path
 ) -> None:
     publish(bucket)
-    there = python("-m", "jobs.cli", "report", "--store", bucket, "--out", str(tmp_path / "out"))
+    verb = ("-m", "jobs.cli", "compare", "a", "b", "--store", bucket)
+    there = python(*verb)
+    assert there.returncode == 1
+    assert "the store holds none" in there.stderr
     assert "planted" not in there.stdout + there.stderr
     nowhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port}", "AWS_MAX_ATTEMPTS": "1"}
-    gone = python("-m", "jobs.cli", "report", "--store", bucket, env=nowhere)
+    gone = python(*verb, env=nowhere)
     assert gone.returncode == 3
     (line,) = gone.stderr.splitlines()
-    assert line.startswith("krony report: s3://lab/")
+    assert line.startswith("krony compare: s3://lab/")
     assert "cannot be read" in line

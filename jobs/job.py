@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     asked = _parse(argv)
     from pipeline import submit
+    from pipeline.dashboard import dashboard_address
 
-    address = submit.dashboard_address(asked.address)
+    address = dashboard_address(asked.address)
     if asked.what == "list":
         known = submit.jobs(address)
         if asked.json:

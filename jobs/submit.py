@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Show what is sent, start the job, and say how to follow it; a job that runs already is left alone."""
     asked = _parse(argv)
     from pipeline import submit
+    from pipeline.dashboard import dashboard_address
 
     study = submit.read_study(asked.config, asked.words)
     name = submit.submission_id(asked.verb, study)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.plan:
         print(f"job       {name}")
         return 0
-    job = submit.submit(submit.dashboard_address(asked.address), name, command, upload)
+    job = submit.submit(dashboard_address(asked.address), name, command, upload)
     if asked.json:
         print(json.dumps({"id": job.id, "is_new": job.is_new, "address": hide_passwords(job.address)}))
         return 0

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.identity import identity_fields
 from pipeline.config.load import Study, load_study
 from pipeline.config.schema import RunConfig
+from pipeline.dashboard import client_of, list_jobs, prepare, reason_of, said
 from pipeline.errors import PreflightError, hide_passwords
 from pipeline.store.location import Location
 from pipeline.store.provenance import provenance, redact
@@ -108,7 +109,7 @@ class JobState:
 
 def plan_upload(folder: Path = PROJECT, *, limit_bytes: int = LIMIT_BYTES) -> Upload:
     """What Ray would send of `folder`; raises PreflightError when it is more than a dashboard takes."""
-    _prepare()
+    prepare()
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import (
         _dir_travel,
@@ -208,8 +209,7 @@ def submit(address: str, name: str, command: str, upload: Upload) -> Submission:
 
     Raises PreflightError when the cluster cannot be reached, refuses our token, or runs another Ray.
     """
-    client = _client(address)
-    taken = {str(job.submission_id): str(job.status) for job in client.list_jobs()}
+    taken = {str(job.submission_id): str(job.status) for job in list_jobs(address)}
     attempt = 1
     while (own := name if attempt == 1 else f"{name}-r{attempt}") in taken:
         if taken[own] not in ENDED:
@@ -222,28 +222,29 @@ def submit(address: str, name: str, command: str, upload: Upload) -> Submission:
         "PYTHONUNBUFFERED": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
     }
-    try:
-        client.submit_job(
-            entrypoint=command,
-            submission_id=own,
-            runtime_env={"working_dir": str(upload.folder), "env_vars": environment},
-        )
-    except RuntimeError as err:
-        if "already exists" in str(err):  # somebody was faster by a moment
-            return Submission(own, address, is_new=False)
-        raise PreflightError(f"{address}: refused the job ({_reason(err)})") from err
+    with said(address, "the job may not have started"):
+        try:
+            client_of(address).submit_job(
+                entrypoint=command,
+                submission_id=own,
+                runtime_env={"working_dir": str(upload.folder), "env_vars": environment},
+            )
+        except RuntimeError as err:
+            if "already exists" not in str(err):
+                raise
+            return Submission(own, address, is_new=False)  # somebody was faster by a moment
     return Submission(own, address, is_new=True)
 
 
 def jobs(address: str) -> list[JobState]:
     """Our jobs that the cluster remembers, the newest first. Raises PreflightError as `submit` does."""
-    found = [_state(job) for job in _client(address).list_jobs() if _is_ours(job)]
+    found = [_state(job) for job in list_jobs(address) if _is_ours(job)]
     return sorted(found, key=lambda job: job.started or "~", reverse=True)
 
 
 def find_job(address: str, name: str) -> JobState:
     """One job by its name; raises PreflightError with the names there are."""
-    known = [_state(job) for job in _client(address).list_jobs() if job.submission_id]
+    known = [_state(job) for job in list_jobs(address) if job.submission_id]
     if found := [job for job in known if job.id == name]:
         return found[0]
     names = ", ".join(sorted(job.id for job in known)) or "none"
@@ -256,35 +257,37 @@ def follow(address: str, name: str, show: Callable[[str], None]) -> JobState:
     Raises PreflightError for a name that the cluster does not know, or when it is gone for a minute.
     """
     find_job(address, name)
-    client, echo, lost_s = _client(address), _Echo(show), 0.0
-    while True:
-        try:
-            asyncio.run(_tail(client, name, echo))
-            state, lost_s = _state(client.get_job_info(name)), 0.0
-            if state.is_over:
-                echo.begin()
-                echo.take(str(client.get_job_logs(name)))
-                return state
-        except (OSError, RuntimeError) as err:  # the dashboard is away: what Ray's client raises
-            lost_s += RETRY_S
-            if lost_s > PATIENCE_S:
-                raise PreflightError(
-                    f"{address}: the dashboard is gone ({_reason(err)}); the job may go on: "
-                    f"krony job follow {name}"
-                ) from err
-        time.sleep(RETRY_S)
+    client, echo, lost_s = client_of(address), _Echo(show), 0.0
+    with said(address, f"{name} cannot be followed any further"):
+        while True:
+            try:
+                asyncio.run(_tail(client, name, echo))
+                state, lost_s = _state(client.get_job_info(name)), 0.0
+                if state.is_over:
+                    echo.begin()
+                    echo.take(str(client.get_job_logs(name)))
+                    return state
+            except (OSError, RuntimeError) as err:  # the dashboard is away: what Ray's client raises
+                lost_s += RETRY_S
+                if lost_s > PATIENCE_S:
+                    raise PreflightError(
+                        f"{address}: the dashboard is gone ({reason_of(err)}); the job may go on: "
+                        f"krony job follow {name}"
+                    ) from err
+            time.sleep(RETRY_S)
 
 
 def stop(address: str, name: str) -> JobState:
     """Ask a job to end, as Ctrl-C does, and wait until it has. One that is over stays as it is."""
     if find_job(address, name).is_over:
         return find_job(address, name)
-    client = _client(address)
-    client.stop_job(name)
-    until = time.monotonic() + STOP_S + RETRY_S
-    while not (state := _state(client.get_job_info(name))).is_over and time.monotonic() < until:
-        time.sleep(RETRY_S)
-    return state
+    client = client_of(address)
+    with said(address, f"{name} may not have been asked to end"):
+        client.stop_job(name)
+        until = time.monotonic() + STOP_S + RETRY_S
+        while not (state := _state(client.get_job_info(name))).is_over and time.monotonic() < until:
+            time.sleep(RETRY_S)
+        return state
 
 
 class _Echo:
@@ -335,53 +338,3 @@ def _state(job: Any) -> JobState:
         command=str(job.entrypoint),
         code=job.driver_exit_code,
     )
-
-
-def dashboard_address(given: str) -> str:
-    """The URL of the cluster's dashboard, from the flag or RAY_ADDRESS."""
-    address = given or os.environ.get("RAY_ADDRESS", "")
-    if not address.startswith(("http://", "https://")):
-        raise PreflightError(
-            f"cluster address {address!r} is no URL of a dashboard; give --address http://127.0.0.1:8265 "
-            "or set RAY_ADDRESS to it (`ray attach -p 8265 cluster.yaml` brings a remote one there)"
-        )
-    return address
-
-
-def _client(address: str) -> "JobSubmissionClient":
-    _prepare()
-    import ray
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignore file several times
-    try:
-        client = JobSubmissionClient(address)
-        theirs = client._server_ray_version  # noqa: SLF001  (get_version is the version of the API)
-    except AuthenticationError as err:
-        raise PreflightError(
-            f"{address}: refused, it asks for a token; put the token of the cluster into a file and set "
-            "RAY_AUTH_TOKEN_PATH, or copy it to ~/.ray/auth_token"
-        ) from err
-    except (ConnectionError, RuntimeError, OSError) as err:
-        raise PreflightError(
-            f"{address}: no dashboard of Ray answers ({_reason(err)}); start a head, or open the tunnel"
-        ) from err
-    if theirs != ray.__version__:
-        raise PreflightError(
-            f"{address}: runs Ray {theirs}, this is {ray.__version__}; install constraints.txt on the cluster"
-        )
-    return client
-
-
-def _prepare() -> None:
-    # Read when ray is imported. A client sends its token only in this mode, and has to have one then.
-    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-
-def _reason(err: Exception) -> str:
-    lines = str(err).strip().splitlines()
-    return lines[0][:300] if lines else type(err).__name__

@@ -36,6 +36,7 @@ def compared(
     column = itemgetter("teacher", "measure")
     for _, members in groupby(sorted(rows, key=column), key=column):
         cells = list(members)
+        arms: list[Arm] = []  # of one column at a time: its draws are large
         arms = resampled([(row, read) for row in cells], problems, resamples=resamples)
         for arm in arms:
             if ends := own_interval(arm):

@@ -6,7 +6,7 @@ seeds of one model are one row.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -64,8 +64,10 @@ class Table:
         return tuple((name, len(list(columns))) for name, columns in runs)
 
 
-def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
-    """The table of a frame of `arms`, or of `scores`."""
+def comparison(
+    scores: pd.DataFrame, *, layout: Layout = "full", only: Collection[str] | None = None
+) -> Table:
+    """The table of a frame of `arms`, or of `scores`; `only` limits its rows to these subjects."""
     rows = rows_of(scores)
     measures = measure_titles(scores)
     subjects = _subjects(rows)
@@ -81,7 +83,11 @@ def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
     common = {mark for mark in MEANING if all(mark in marks_of([row]) for row in rows)}
     heads = Heads(tuple(measures), column_names(measures, rows), row_names(rows), told_apart(rows))
     seeded = any(column.title == "seeds" for column in columns)
-    body = tuple(_row(cells, heads, common, layout=layout, seeded=seeded) for cells in subjects)
+    body = tuple(
+        _row(cells, heads, common, layout=layout, seeded=seeded)
+        for subject, cells in subjects.items()
+        if only is None or subject in only
+    )
     marks_best = any(cell.is_best for row in body for cell in row)
     below = notes(rows, list(measures), marks_best=marks_best, brief=layout == "brief")
     return Table(tuple(columns), body, below, marks_best)
@@ -89,7 +95,7 @@ def comparison(scores: pd.DataFrame, *, layout: Layout = "full") -> Table:
 
 def measure_titles(scores: pd.DataFrame) -> dict[str, str]:
     """A short title for each measure: its protocol id, with a token count where one id has several texts."""
-    rows = {row["measure"]: row for row in scores.to_dict("records")}
+    rows = {row["measure"]: row for row in rows_of(scores.drop_duplicates("measure", keep="last"))}
     ids = [row["protocol"] for row in rows.values()]
     return {
         measure: row["protocol"]
@@ -148,12 +154,12 @@ def told_apart(rows: Sequence[Mapping[str, Any]]) -> frozenset[tuple[Any, ...]]:
     return frozenset(contest(row) for row in rows if row["is_best"] is False)
 
 
-def _subjects(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+def _subjects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Cells by measure for each model, in the order in which the models come."""
     subjects: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         subjects.setdefault(row["subject"], {})[row["measure"]] = row
-    return list(subjects.values())
+    return subjects
 
 
 def _row(

@@ -19,6 +19,7 @@ from analysis.stats import (
     RESAMPLES,
     Floats,
     Interval,
+    interval_over_units,
     mcnemar,
     over_units,
     resampled_means,
@@ -72,10 +73,11 @@ class Difference:
 def own_interval(arm: Arm) -> tuple[float, float] | None:
     """Ends of the interval of its value: a perplexity, or an accuracy; None with one unit."""
     noise = seed_noise([arm.seeds])
-    found = over_units(float(arm.seeds.mean()), arm.means, noise, units=arm.units, rng=generator(1))
+    estimate = float(arm.seeds.mean())
+    found = interval_over_units(estimate, arm.means, noise, units=arm.units, rng=generator(1))
     if found is None:
         return None
-    ends = found[0].low, found[0].high
+    ends = found.low, found.high
     if arm.row["metric"] == "accuracy":
         return 1.0 - ends[1], 1.0 - ends[0]
     return float(np.exp(ends[0])), float(np.exp(ends[1]))

@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis import names
 from analysis.comparison import measure_titles
+from analysis.leaders import SENTENCES, spread
 from analysis.schema import rows_of
 from analysis.tracks import TRACKS
 
@@ -20,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 def summary(scores: pd.DataFrame) -> tuple[str, ...]:
-    """One sentence on what was compared, and one per size and track on who is best there."""
+    """One sentence on what was compared, and one per size and track on who is best there, not too many."""
     if scores.empty:
         return ("There are no scores in this store yet.",)
     rows = rows_of(scores)
@@ -34,7 +35,10 @@ def summary(scores: pd.DataFrame) -> tuple[str, ...]:
     ]
     contest = itemgetter("teacher", "group", "lane")
     sentences = [_scope(rows, [row for row in column if row["is_dense"]], title)]
-    sentences += [_best(list(group)) for _, group in groupby(sorted(compressed, key=contest), key=contest)]
+    groups = [list(group) for _, group in groupby(sorted(compressed, key=contest), key=contest)]
+    sentences += [_best(group) for group in spread(groups, SENTENCES)]
+    if len(groups) > SENTENCES:
+        sentences.append(f"These are {SENTENCES} of {len(groups):,} sizes and tracks, spread over the sizes.")
     return tuple(sentences)
 
 

@@ -17,7 +17,7 @@ from analysis.arms import arms, relabelled
 from analysis.compare import compared
 from analysis.gaps import gaps, unscored
 from analysis.lineage import Graph, Lineage
-from analysis.schema import SCORES, checked, fitting
+from analysis.schema import SCORES, checked, fitting, rows_of
 from analysis.traces import history, known_losses, modules
 from analysis.tracks import NONE, TRACKS, tracks
 from pipeline.store.artifacts import Store
@@ -124,11 +124,8 @@ def _as_arms(scores: pd.DataFrame, combined: pd.DataFrame) -> pd.DataFrame:
     """`scores` with the verdicts of their arms: whoever is best is so with all seeds."""
     verdicts = ["group", "worse_by", "worse_by_low", "worse_by_high", "detectable", "test", "p_adjusted"]
     verdicts += ["is_best"]
-    by_cell = {address: row for row in combined.to_dict("records") for address in str(row["address"]).split()}
-    rows = [
-        {**row, **{key: by_cell[row["address"]][key] for key in verdicts}}
-        for row in scores.to_dict("records")
-    ]
+    by_cell = {address: row for row in rows_of(combined) for address in str(row["address"]).split()}
+    rows = [{**row, **{key: by_cell[row["address"]][key] for key in verdicts}} for row in rows_of(scores)]
     return checked(rows, SCORES)
 
 

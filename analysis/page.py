@@ -5,7 +5,7 @@ from, and how to get it again. Everything is one file; figures are inside.
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -18,12 +18,19 @@ from markupsafe import Markup, escape
 from analysis.comparison import Table, column_names, comparison, measure_titles, row_names
 from analysis.findings import summary
 from analysis.frames import Frames
+from analysis.leaders import MAPPED, ROWS, leaders
 from analysis.plots import CROWD, layer_errors, loss_curves, size_quality
 from analysis.provenance import Index, Provenance, Step, explain
 from analysis.schema import rows_of
 from analysis.speed import speed_table
 from analysis.tables import markdown, published_table
 from analysis.verdicts import Verdict, declared_table, differences_table
+
+LINES = 100
+"""Of what is missing, on a page."""
+
+MISSING = "missing.txt"
+"""The file beside the page that has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,9 @@ class Page:
     figures: tuple[Figure, ...]
     origins: tuple[Origin, ...]
     problems: tuple[str, ...]
+    """Not more than `LINES`, the last of which says how many there are."""
+    left_out: str
+    """What the tables leave out, as a sentence; empty if nothing."""
     commands: tuple[str, ...]
     store: str
     written: str
@@ -141,18 +151,22 @@ def build_page(
     speeds: pd.DataFrame | None = None,
 ) -> Page:
     """Everything a report says about these frames; `written` is the time of the newest record."""
-    commands = frames.scores["command"].dropna()
+    rows = rows_of(frames.arms)
+    shown = leaders(rows, ROWS)
+    seeds = {each for subject in shown for each in subject.split()}
+    commands = frames.scores["command"][frames.scores["subject"].isin(seeds)].dropna()
     return Page(
         summary=summary(frames.arms),
-        table=comparison(frames.arms),
-        wide=comparison(frames.arms, layout="page"),
+        table=comparison(frames.arms, only=shown),
+        wide=comparison(frames.arms, layout="page", only=shown),
         declared=declared_table(verdicts),
-        differences=differences_table(frames.arms),
+        differences=differences_table(frames.arms, only=shown),
         speed=speed_table(speeds) if speeds is not None else Table((), ()),
         published=published_table(),
         figures=figures(frames),
-        origins=tuple(_origins(frames, store)),
-        problems=frames.problems,
+        origins=tuple(_origins(frames, store, shown)),
+        problems=_cut(frames.problems),
+        left_out=_left_out(frames.arms["subject"].nunique(), len(shown)),
         commands=tuple(dict.fromkeys(str(command) for command in commands if command)),
         store=store,
         written=written,
@@ -171,6 +185,13 @@ def figures(frames: Frames) -> tuple[Figure, ...]:
         for number, (measure, title) in enumerate(measure_titles(frames.scores).items(), start=1)
     ]
     students = frames.history[frames.history["run"].str.startswith("run/")]
+    modules, mapped = frames.modules, ""
+    if modules["init"].nunique() > MAPPED:
+        known = frames.arms[frames.arms["label"].isin(modules["label"])]
+        first = known["subject"].isin(leaders(rows_of(known), MAPPED))
+        modules = modules[modules["label"].isin(known["label"][first])]
+        counts = modules["init"].nunique(), frames.modules["init"].nunique()
+        mapped = f"; {counts[0]:,} of {counts[1]:,} models, all are in modules.csv"
     drawn += [
         Figure(
             "loss-curves",
@@ -180,21 +201,37 @@ def figures(frames: Frames) -> tuple[Figure, ...]:
         ),
         Figure(
             "layer-errors",
-            "Error of each replaced matrix, before training",
+            f"Error of each replaced matrix, before training{mapped}",
             "Error of each replaced weight matrix relative to its norm, by layer.",
-            layer_errors(frames.modules),
-            is_wide=frames.modules["init"].nunique() > CROWD,
+            layer_errors(modules),
+            is_wide=modules["init"].nunique() > CROWD,
         ),
     ]
     return tuple(figure for figure in drawn if figure.svg)
 
 
-def _origins(frames: Frames, store: str) -> Iterator[Origin]:
+def _cut(problems: Sequence[str]) -> tuple[str, ...]:
+    more = len(problems) - LINES
+    return (*problems[:LINES], f"and {more:,} more: {MISSING}") if more > 0 else tuple(problems)
+
+
+def _left_out(all_of_them: int, shown: int) -> str:
+    if shown == all_of_them:
+        return ""
+    return (
+        f"Shown are {shown:,} of {all_of_them:,} models: the first of each size and track, then the second, "
+        "and so on. All of them are in comparison.md and comparison.tex, with every figure in arms.csv."
+    )
+
+
+def _origins(frames: Frames, store: str, shown: Collection[str]) -> Iterator[Origin]:
     """Of each row of the table, with every seed behind it."""
     rows = rows_of(frames.arms)
     heads, columns = row_names(rows), column_names(measure_titles(frames.arms), rows)
     index = Index.of(frames)
     for subject, members in groupby(rows, key=itemgetter("subject")):
+        if subject not in shown:
+            continue
         cells = list(members)
         named = [f"{heads[subject]}:{columns[cell['measure']]}" for cell in cells]
         yield Origin(

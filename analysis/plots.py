@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
@@ -39,6 +40,9 @@ NAME_PLACES = (
 
 CROWD = 12
 """Models above which a plot names, or draws in colour, only those that lead."""
+
+MANY = 200
+"""Grey curves above which they are drawn as pixels."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -95,11 +99,13 @@ def size_quality(scores: pd.DataFrame) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
-        for point in points:
-            number = 0 if point.is_dense else methods.index(point.method)
-            colour = INK if point.is_dense else COLOURS[number % len(COLOURS)]
-            marker = "*" if point.is_dense else MARKERS[number % len(MARKERS)]
-            _draw(axes, point, colour=colour, marker=marker)
+        for method in dict.fromkeys(point.method for point in points):
+            members = [point for point in points if point.method == method]
+            is_dense = members[0].is_dense
+            number = 0 if is_dense else methods.index(method)
+            colour = INK if is_dense else COLOURS[number % len(COLOURS)]
+            marker = "*" if is_dense else MARKERS[number % len(MARKERS)]
+            _draw(axes, members, colour=colour, marker=marker)
         leading = _fronts(axes, points, accuracy=accuracy)
         axes.set_xlabel("parameters, tied, position table included")
         axes.set_ylabel("accuracy (higher is better)" if accuracy else "perplexity (lower is better)")
@@ -126,11 +132,12 @@ def loss_curves(history: pd.DataFrame) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
+        others: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = []
         for (_, label), points in runs:
             validated = points.dropna(subset=["val_loss"])
             x, y = floats(validated["tokens"]), floats(validated["val_loss"])
             if label not in arms:
-                axes.plot(x, y, color=FAINT, linewidth=0.9, label="others", zorder=1)
+                others.append(np.column_stack([x, y]))
                 continue
             number = arms.index(label)
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
@@ -143,6 +150,11 @@ def loss_curves(history: pd.DataFrame) -> str:
             axes.plot(
                 x, y, dash, color=colour, marker=marker, markersize=5, markevery=every, label=str(label)
             )
+        if others:  # thousands of curves are a picture of a bounded size in the picture
+            grey = LineCollection(others, colors=FAINT, linewidths=0.9, label="others", zorder=1)
+            grey.set_rasterized(len(others) > MANY)
+            axes.add_collection(grey)
+            axes.autoscale_view()
         axes.set_xlabel("tokens of recovery training")
         axes.set_ylabel("loss (nats per token)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if value else "0"))
@@ -206,11 +218,16 @@ def _places(modules: pd.DataFrame) -> list[str]:
     return [f"{matrix} {int(layer):>{digits}}" for matrix, layer in pairs]
 
 
-def _draw(axes: Axes, point: Point, *, colour: str, marker: str) -> None:
-    size = 14 if point.is_dense else 8
-    axes.plot(point.size, point.value, marker, color=colour, markersize=size, label=point.method, zorder=3)
-    if point.interval:
-        axes.vlines(point.size, *point.interval, color=colour, linewidth=1.5, zorder=2)
+def _draw(axes: Axes, points: Sequence[Point], *, colour: str, marker: str) -> None:
+    """Points of one method."""
+    first = points[0]
+    x, y = [point.size for point in points], [point.value for point in points]
+    axes.plot(
+        x, y, marker, color=colour, markersize=14 if first.is_dense else 8, label=first.method, zorder=3
+    )
+    known = [(point.size, *point.interval) for point in points if point.interval]
+    if known:
+        axes.vlines(*zip(*known, strict=True), color=colour, linewidth=1.5, zorder=2)
 
 
 def _fronts(axes: Axes, points: Sequence[Point], *, accuracy: bool) -> list[Point]:
@@ -242,19 +259,17 @@ def _names(axes: Axes, points: Sequence[Point], everyone: Sequence[Point]) -> No
     figure = axes.get_figure(root=True)
     assert figure is not None, "axes of a figure"
     figure.draw_without_rendering()  # the layout, and so what a point is in pixels
-    taken: list[Bbox] = []
-    for point in everyone:
-        x, y = axes.transData.transform((point.size, point.value))
-        taken.append(Bbox.from_extents(x - 7, y - 7, x + 7, y + 7))
+    centres = axes.transData.transform([(point.size, point.value) for point in everyone])
+    taken = np.hstack([centres - 7, centres + 7])  # (boxes, 4) left, lower, right, upper
     for point in points:
         place = axes.transData.transform((point.size, point.value))
-        others = [each for each in taken if not each.contains(*place)]
+        others = taken[~np.all((taken[:, :2] <= place) & (place <= taken[:, 2:]), axis=1)]
         tried: list[tuple[float, Annotation]] = []
         for offset, side in NAME_PLACES:
             name = _name(axes, point, offset, side)
             box = name.get_window_extent()
             outside = max(0.0, axes.bbox.xmin - box.xmin) + max(0.0, box.xmax - axes.bbox.xmax)
-            hidden = sum(_shared(box, each) for each in others) + outside * box.height
+            hidden = _shared(box, others) + outside * box.height
             tried.append((hidden, name))
             if not hidden:
                 break
@@ -262,7 +277,7 @@ def _names(axes: Axes, points: Sequence[Point], everyone: Sequence[Point]) -> No
         for _, name in tried:
             if name is not best:
                 name.remove()
-        taken.append(best.get_window_extent())
+        taken = np.vstack([taken, best.get_window_extent().extents])
 
 
 def _name(axes: Axes, point: Point, offset: tuple[int, int], side: str) -> Annotation:
@@ -280,10 +295,10 @@ def _name(axes: Axes, point: Point, offset: tuple[int, int], side: str) -> Annot
     )
 
 
-def _shared(first: Bbox, second: Bbox) -> float:
-    """Pixels that two boxes have in common."""
-    both = Bbox.intersection(first, second)
-    return float(both.width * both.height) if both else 0.0
+def _shared(box: Bbox, others: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
+    """Pixels that a box has in common with others (boxes, 4)."""
+    sides = np.minimum(box.max, others[:, 2:]) - np.maximum(box.min, others[:, :2])
+    return float(np.prod(np.maximum(sides, 0.0), axis=1).sum())
 
 
 def _value_scale(axes: Axes, values: Sequence[float], *, accuracy: bool) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.comparison import comparison
 from analysis.frames import Frames, load_frames
-from analysis.page import build_page
+from analysis.page import LINES, MISSING, build_page
 from analysis.provenance import Provenance, explain
 from analysis.speed import speed_table, speeds
 from analysis.speed_origin import explain_figure, is_figure
@@ -61,8 +61,15 @@ def write_report(
         "report.md": page.markdown(),
         "comparison.md": markdown(table),
         "comparison.tex": latex(table),
+        "arms.csv": csv(frames.arms),
         "scores.csv": csv(frames.scores),
         "history.csv": csv(frames.history),
+        **({"modules.csv": csv(frames.modules)} if len(frames.modules) else {}),
+        **(
+            {MISSING: "".join(f"{line}\n" for line in frames.problems)}
+            if len(frames.problems) > LINES
+            else {}
+        ),
         **({"speed.csv": csv(measured), "speed.tex": latex(speed_table(measured))} if len(measured) else {}),
         **{f"figures/{figure.key}.svg": figure.svg for figure in page.figures},
     }

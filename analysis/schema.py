@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from pandas.api.extensions import ExtensionDtype
 
 from pipeline.errors import KronyError
 
@@ -144,5 +145,9 @@ def fitting(row: dict[str, Any], schema: Mapping[str, str]) -> dict[str, Any]:
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame, by column."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    """The rows of a frame, by column; what is absent is None."""
+    if not all(isinstance(kind, ExtensionDtype) for kind in frame.dtypes):
+        return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    arrays: dict[str, Any] = {str(name): column.array for name, column in frame.items()}
+    columns = {name: array.to_numpy(object, na_value=None).tolist() for name, array in arrays.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -22,6 +22,7 @@ _CHUNK = 500  # resamples held in memory at once
 FEW = 30
 """Units below which a bootstrap is too sure of itself: eight documents that agree are no p of 0.0002."""
 
+_CLOSE = 1e-12  # relative distance from a quantile within which only the distribution itself decides
 _NORMAL = 1e6  # degrees of freedom beyond which Student's quantile is the normal one to six digits
 
 
@@ -126,13 +127,35 @@ def over_units(
     """
     if units < 2:
         return None
+    total = _joined(draws, noise, units)
+    found = _interval_of(estimate, draws, noise, total, units=units, rng=rng)
+    return found, detectable(total.error, total.freedom)
+
+
+def interval_over_units(
+    estimate: float, draws: Floats, noise: Noise, *, units: int, rng: np.random.Generator
+) -> Interval | None:
+    """The same interval, for whoever compares with nothing."""
+    if units < 2:
+        return None
+    total = _joined(draws, noise, units) if units < FEW else Noise()
+    return _interval_of(estimate, draws, noise, total, units=units, rng=rng)
+
+
+def _joined(draws: Floats, noise: Noise, units: int) -> Noise:
+    """Both levels as one standard error with its degrees of freedom."""
     text = float(draws.std()) * math.sqrt(units / (units - 1))
     error = math.hypot(text, noise.error)
     parts = ((text, units - 1.0 if units < FEW else math.inf), (noise.error, noise.freedom))
     spread = sum((part / error) ** 4 / freedom for part, freedom in parts if part > 0)
-    total = Noise(error, 1 / spread if spread > 0 else math.inf)
-    student = t_interval(estimate, total) if units < FEW and error > 0 else None
-    return student or interval(estimate, noise.on(draws, rng=rng)), detectable(error, total.freedom)
+    return Noise(error, 1 / spread if spread > 0 else math.inf)
+
+
+def _interval_of(
+    estimate: float, draws: Floats, noise: Noise, total: Noise, *, units: int, rng: np.random.Generator
+) -> Interval:
+    student = t_interval(estimate, total) if units < FEW and total.error > 0 else None
+    return student or interval(estimate, noise.on(draws, rng=rng))
 
 
 def seeded_difference(
@@ -221,14 +244,39 @@ def t_cdf(x: float, freedom: float) -> float:
 
 @lru_cache(maxsize=4096)
 def t_quantile(probability: float, freedom: float) -> float:
-    """Student's quantile of a probability from 0.5 on, by bisection; the normal one for great freedom."""
+    """Student's quantile of a probability from 0.5 on, by bisection; the normal one for great freedom.
+
+    Newton's steps come first, so that the distribution is asked near the answer alone: the same number from
+    a quarter of the work.
+    """
     if freedom > _NORMAL:
         return NormalDist().inv_cdf(probability)
+    below, above = _bracket(probability, freedom)
     low, high = 0.0, 1e4
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
+        if middle in (low, high):
+            break
+        is_below = middle < below or (middle < above and t_cdf(middle, freedom) < probability)
+        low, high = (middle, high) if is_below else (low, middle)
     return low
+
+
+def _bracket(probability: float, freedom: float) -> tuple[float, float]:
+    """Two points between which the quantile lies: close together where Newton's steps find it."""
+    x = max(NormalDist().inv_cdf(probability), 1e-3)
+    log_height = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    for _ in range(8):
+        slope = math.exp(log_height - (freedom + 1) / 2 * math.log1p(x * x / freedom))
+        step = (probability - t_cdf(x, freedom)) / slope
+        x += step
+        if not 0.0 < x < 1e4:
+            return 0.0, math.inf
+        if abs(step) < _CLOSE * x / 10:
+            break
+    below, above = x * (1 - _CLOSE), x * (1 + _CLOSE)
+    found = t_cdf(below, freedom) < probability <= t_cdf(above, freedom)
+    return (below, above) if found else (0.0, math.inf)
 
 
 def pareto_front(sizes: Floats, losses: Floats) -> NDArray[np.bool_]:

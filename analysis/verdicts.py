@@ -6,7 +6,7 @@ against the best of its size and track, Holm within these and the column. Each d
 smallest one that would have been found: without that, "no difference" says nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,11 @@ def declared_table(verdicts: Sequence[Verdict]) -> Table:
     return Table(tuple(columns), tuple(rows), (f"Holm over all {len(verdicts)}. {UNIT}",), marks_best=True)
 
 
-def differences_table(arms: pd.DataFrame) -> Table:
-    """Every model against the best of its size and track, three columns per measure; maybe without rows."""
+def differences_table(arms: pd.DataFrame, *, only: Collection[str] | None = None) -> Table:
+    """Every model, or `only` these subjects, against the best of its size and track; maybe without rows.
+
+    Three columns per measure.
+    """
     rows = rows_of(arms)
     titles = measure_titles(arms)
     columns = [Column("run", is_text=True), Column("track", is_text=True)]
@@ -90,7 +93,7 @@ def differences_table(arms: pd.DataFrame) -> Table:
         columns += [Column(head, f"{title} [{number}]") for head in ("worse by", "p", "detectable")]
     by_subject: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if names.is_number(row["worse_by"]):
+        if names.is_number(row["worse_by"]) and (only is None or row["subject"] in only):
             by_subject.setdefault(row["subject"], {})[row["measure"]] = row
     body = tuple(_against_best(cells, list(titles)) for cells in by_subject.values())
     return Table(tuple(columns), body, (f"Holm over each column, size and track. {UNIT}",), marks_best=True)

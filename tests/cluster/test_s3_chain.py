@@ -1,17 +1,17 @@
 """The main job with its store on a real S3 API behind a bad network: the same artifacts as on a disk.
 
-Corpus to table by the real command line, Ray and its workers included. One request in seven meets a fault.
+Corpus to table by the real command line, Ray and its workers included. After six requests that
+are left alone the next one meets a fault.
 """
 
 import itertools
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_study import DETERMINISTIC, command, surroundings
 
 from pipeline.store.artifacts import Store
 
@@ -21,54 +21,16 @@ pytestmark = [
     pytest.mark.nightly,
     pytest.mark.timeout(1500),
 ]
-PROJECT = Path(__file__).resolve().parents[2]
-DETERMINISTIC = ("corpus", "tokenizer", "tokens", "init", "model", "scores")
+STEADY = (*DETERMINISTIC, "tokens")
+EVERY = 7
 KINDS = ("503", "reset", "500", "cut", "reset-after", "flip", "429")
-STUDY = """
-name = "small"
-[corpus]
-packages = ["numpy"]
-max_megabytes = 0.3
-[tokenizer]
-vocab_size = 300
-[data]
-validation_fraction = 0.2
-[teacher]
-n_layer = 1
-n_head  = 2
-n_embd  = 16
-n_ctx   = 32
-[teacher.train]
-max_steps = 20
-batch_tokens = 512
-seq_len = 32
-checkpoint_every = 10
-val_tokens = 512
-log_every = 10
-[train]
-max_steps = 10
-batch_tokens = 512
-seq_len = 32
-checkpoint_every = 5
-val_tokens = 512
-log_every = 5
-[method]
-name = "kron_vl"
-shape = [16, 16]
-[tracking]
-uri = "off"
-"""
 
 
 def krony(verb: str, folder: Path, store: str) -> subprocess.CompletedProcess[str]:
-    study = folder / "study.toml"
-    study.write_text(STUDY)
-    words = [sys.executable, "-m", "jobs.cli", verb, str(study), "--store", store]
-    words += ["--out", str(folder / "out")] if verb in ("run", "report") else []
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    surroundings.pop("RAY_ADDRESS", None)
+    out = ["--out", str(folder / "out")] if verb in ("run", "report") else []
+    words = command(verb, folder, "--store", store, "--tracking.uri", "off", *out)
     return subprocess.run(
-        words, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=700, check=False
+        words, cwd=folder, env=surroundings(), capture_output=True, text=True, timeout=700, check=False
     )
 
 
@@ -79,21 +41,24 @@ def table_of(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def bucket(s3_lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A network on which one request in seven meets a fault, of each kind in turn."""
+    """A network on which every seventh request meets a fault, of each kind in turn."""
     with s3_lab.server(tmp_path / "moto.log") as port, s3_lab.network(port) as net:
         for name, value in s3_lab.environment(net).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("KRONY_CACHE", str(tmp_path / "cache"))
-        passed, turns = itertools.count(1), itertools.cycle(KINDS)
+        turns, passed = itertools.cycle(KINDS), 0
         turn = next(turns)
 
         def due(kind: str) -> Any:
             def is_due(request: Any) -> bool:
-                nonlocal turn
-                can_be = kind not in ("cut", "flip") or request.path.endswith((".bin", ".safetensors"))
-                if kind != turn or not can_be or next(passed) % 7:
+                nonlocal turn, passed
+                if kind != turn:
                     return False
-                turn = next(turns)
+                passed += 1
+                can_be = kind not in ("cut", "flip") or request.path.endswith((".bin", ".safetensors"))
+                if passed < EVERY or not can_be:
+                    return False
+                turn, passed = next(turns), 0
                 return True
 
             return is_due
@@ -110,8 +75,8 @@ def test_the_main_job_on_object_storage_makes_what_it_makes_on_a_disk(bucket: An
     expected = table_of(krony("run", folders[0], disk))
     assert table_of(krony("run", folders[1], remote)) == expected
     met = {fault.kind: fault.done for fault in bucket.faults}
-    assert sum(met.values()) >= 20, met
-    assert all(met.values()), met
+    assert min(met.values()) >= 2, met
+    assert sum(met.values()) >= len(bucket.log) // (3 * EVERY), met
 
     again = krony("run", folders[1], remote)
     assert table_of(again) == expected
@@ -123,7 +88,7 @@ def test_the_main_job_on_object_storage_makes_what_it_makes_on_a_disk(bucket: An
         for record in store.records():
             store.open(record.address).verify()
     digests = [
-        {record.address: record.digest for record in Store(uri).records() if record.kind in DETERMINISTIC}
+        {record.address: record.digest for record in Store(uri).records() if record.kind in STEADY}
         for uri in (disk, remote)
     ]
     assert digests[0] == digests[1]

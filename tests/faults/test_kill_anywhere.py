@@ -4,71 +4,26 @@ The real command line in a real process on a small study. It is killed soon afte
 is inside the next one, again and again on one store until a run reaches the end by itself.
 """
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from small_study import DETERMINISTIC, command, surroundings
 
 from pipeline.store.artifacts import Store
 
-PROJECT = Path(__file__).resolve().parents[2]
-DETERMINISTIC = ("corpus", "tokenizer", "init", "model", "scores")
-"""Kinds whose payload holds no trace of when it was made; histories hold speeds, checkpoints do not."""
 
-STUDY = """
-name = "small"
-[corpus]
-packages = ["numpy"]
-max_megabytes = 0.3
-[tokenizer]
-vocab_size = 300
-[data]
-validation_fraction = 0.2
-[teacher]
-n_layer = 1
-n_head  = 2
-n_embd  = 16
-n_ctx   = 32
-[teacher.train]
-max_steps = 60
-batch_tokens = 512
-seq_len = 32
-checkpoint_every = 5
-val_tokens = 512
-log_every = 5
-[train]
-max_steps = 20
-batch_tokens = 512
-seq_len = 32
-checkpoint_every = 5
-val_tokens = 512
-log_every = 5
-[method]
-name = "kron_vl"
-shape = [16, 16]
-"""
-
-
-def command(folder: Path, store: str) -> list[str]:
-    study = folder / "study.toml"
-    study.write_text(STUDY)
-    return [
-        *(sys.executable, "-m", "jobs.run", str(study)),
-        *("--store", str(folder / store), "--out", str(folder / f"{store}-report")),
-    ]
+def command_for(folder: Path, store: str) -> list[str]:
+    return command("run", folder, "--store", str(folder / store), "--out", str(folder / f"{store}-report"))
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1"}
-    surroundings.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        words, cwd=PROJECT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words, env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -103,8 +58,8 @@ def quiet_run(words: list[str]) -> tuple[str, str]:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_killed_in_every_stage_it_ends_with_the_table_of_a_quiet_run(tmp_path: Path) -> None:
-    expected = quiet_run(command(tmp_path, "quiet"))[0]
-    words = command(tmp_path, "killed")
+    expected = quiet_run(command_for(tmp_path, "quiet"))[0]
+    words = command_for(tmp_path, "killed")
     built: list[str] = []
     kills = 0
     for round_ in range(20):

@@ -1,6 +1,6 @@
 """Where the time goes, operator by operator: one token of an MLP, its training pass, a whole training step.
 
-    python -m benchmarks.profile decode|mlp|step [--shapes dense 67M 81M 96M] [--dtype bf16] [--compile]
+    python -m benchmarks.profiles decode|mlp|step [--shapes dense 67M 81M 96M] [--dtype bf16] [--compile]
 
 The sides of `benchmarks.mlp` (one token, or 4,096 forward and backward) and of `benchmarks.training_step`
 (1,024 tokens, AdamW), each by itself, so that weights stay in cache if they fit. A row is an operator: how

@@ -12,15 +12,14 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RayConfig
-from pipeline.errors import Interrupted, PreflightError
+from pipeline.errors import PreflightError
 from pipeline.interrupt import is_abandoned
 from pipeline.progress import say
 
@@ -40,9 +39,6 @@ SWITCHES: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 START_ATTEMPTS = 3
-NODE_GROUP = "ray.io/node-group"
-GROW_S = 1200.0
-"""How long an autoscaler may take to bring machines: they are started, and build their environment."""
 
 WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMMIT", "AWS_ENDPOINT_URL")
 """Variables of the driver that workers must see too, if they are set."""
@@ -114,8 +110,6 @@ def _join(ray: "ModuleType", address: str) -> "Iterator[ModuleType]":
             f"ray.address={address!r}: cannot join ({first}); start a head there, hand on its token "
             "(RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to work locally"
         ) from err
-    if can_grow(ray):  # a lost machine is replaced in minutes, Ray Train gives a group one minute to start
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{GROW_S:.0f}")
     with _open(ray):
         yield ray
 
@@ -209,54 +203,3 @@ def _started(ray: "ModuleType", temp: Path, num_cpus: int | None) -> bool:
         ray.shutdown()
         return False
     return True
-
-
-def can_grow(ray: "ModuleType") -> bool:
-    """Whether an autoscaler may add nodes: it names the group of each that it knows, the head's too."""
-    return any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"])
-
-
-def require_resources(
-    ray: "ModuleType",
-    *,
-    cpus: float,
-    gpus: float,
-    what: str,
-    workers: int = 1,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Return once the cluster can hold this much, by so many equal workers; an autoscaler is asked for it.
-
-    Raises PreflightError if it cannot grow, or has not within `GROW_S`; Interrupted if `should_stop`.
-    """
-    asked = {name: count for name, count in (("CPU", cpus), ("GPU", gpus)) if count}
-    if not (short := _short(ray, asked)):
-        return
-    if not can_grow(ray):
-        raise PreflightError(f"{what} {short}; lower ray.workers or ray.cpus_per_worker, or add nodes")
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    say("ray", f"{what} {short}: waiting for machines")
-    until = time.monotonic() + GROW_S
-    # Not `request_resources`: there is one request per cluster, and Ray Data takes back that of others.
-    group = placement_group([{name: count / workers for name, count in asked.items()}] * workers)
-    try:
-        while not group.wait(1):
-            if should_stop():
-                raise Interrupted(f"{what}: stopped while waiting for machines; the same command goes on")
-            if time.monotonic() > until:
-                raise PreflightError(
-                    f"{what} {short} after {GROW_S / 60:.0f} minutes; `ray status` says why no machine came: "
-                    "lower ray.workers, or raise the groups of the cluster"
-                )
-    finally:
-        remove_placement_group(group)
-
-
-def _short(ray: "ModuleType", asked: Mapping[str, float]) -> str:
-    """What the cluster lacks, in words; empty if nothing."""
-    total = ray.cluster_resources()
-    for name, count in asked.items():
-        if count > total.get(name, 0.0) + 1e-9:
-            return f"asks for {count:g} {name}, the cluster has {total.get(name, 0.0):g}"
-    return ""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from pipeline.cluster import can_grow, connect
+from pipeline.cluster import connect
 from pipeline.config.schema import RunConfig
 from pipeline.errors import KronyError, PreflightError, hide_passwords
+from pipeline.room import can_grow, node_resources, processes_that_fit
 from pipeline.store.artifacts import Store
 from pipeline.store.location import Location
 from pipeline.store.provenance import PROJECT
@@ -140,12 +141,12 @@ def _ray(config: RunConfig) -> str:
     with connect(config.ray, quiet=True) as ray:
         total = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
-        wanted = config.ray.workers * config.ray.cpus_per_worker
-        grows = can_grow(ray)
-        if wanted > total.get("CPU", 0) and not grows:
+        cpus, gpus = config.ray.cpus_per_worker, config.ray.gpus_per_worker
+        grows, fit = can_grow(ray), processes_that_fit(node_resources(ray), cpus=cpus, gpus=gpus)
+        if config.ray.workers > fit and not grows:
             raise PreflightError(
-                f"ray.workers={config.ray.workers} need {wanted:g} CPUs, there are {total.get('CPU', 0):g}; "
-                "lower ray.workers or ray.cpus_per_worker, or add nodes"
+                f"ray.workers={config.ray.workers}, each with {cpus:g} CPU and {gpus:g} GPU: {fit} fit on "
+                "the nodes; lower ray.workers or ray.cpus_per_worker, or add nodes"
             )
         return (
             f"{ray.__version__}: {nodes} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"

@@ -18,12 +18,13 @@ from model.compress.calibration import Collector, Measurement
 from model.compress.contract import Stats, StatsSpec
 from model.compress.stats_file import half_correlation, save_stats
 from model.config import ModelError
-from pipeline.cluster import connect, require_resources
+from pipeline.cluster import connect
 from pipeline.compress.load import load_model
 from pipeline.config.schema import CalibrationConfig, RayConfig
 from pipeline.data.batches import Batches, TokenStream
 from pipeline.errors import CompressError, DataError, KronyError, PreflightError
 from pipeline.progress import Progress
+from pipeline.room import require_resources
 from pipeline.store.artifacts import Artifact, Identity, Store
 from pipeline.store.scratch import scratch_folder
 

@@ -11,20 +11,21 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from pipeline.chain import Chains
-from pipeline.cluster import can_grow, connect, require_resources, session
+from pipeline.cluster import connect, session
 from pipeline.config.load import to_json
 from pipeline.config.schema import RunConfig
 from pipeline.config.sweep import SweepStudy
 from pipeline.errors import ConfigError, Interrupted, PreflightError, TrainError
 from pipeline.interrupt import stop_on_signal
 from pipeline.progress import Progress, say
+from pipeline.room import can_grow, node_resources, require_resources
 from pipeline.store.alone import alone
 from pipeline.store.artifacts import Artifact, Attempt, Store
 from pipeline.store.provenance import redact
 from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.identity import sweep_identity
 from pipeline.sweep.job import Outcome, found, validations
-from pipeline.sweep.ledger import Ledger, read_events
+from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.shared import Task, build_base, build_inits
 from pipeline.sweep.slots import held, trial_slots
 from pipeline.sweep.space import space_of
@@ -55,8 +56,8 @@ def run_sweep(study: SweepStudy, *, retry_failed: bool = False, quiet: bool = Fa
         if made:
             return made
         ledger = Ledger(attempt.location)
-        if done and ledger.is_empty:
-            ledger.copy(read_events(done.location))
+        if done:
+            ledger.begin_with(done.location)
         campaign, bases = _campaign(study, ledger)
         if retry_failed:
             campaign.retry_failed()
@@ -82,11 +83,6 @@ def _campaign(study: SweepStudy, ledger: Ledger) -> tuple[Campaign, Mapping[str,
     guide = Guide(study)
     known = guide.known(ledger.book)
     return Campaign(sweep, ledger, known, ray=ray, proposer=guide, argv=argv), guide.bases
-
-
-def _nodes(ray: ModuleType) -> list[dict[str, float]]:
-    """Resources of each node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 class _Session:
@@ -141,7 +137,7 @@ class _Session:
             say("sweep", f"{over} of {len(campaign.book.entries)} trials are over already")
 
     def _slots(self, ray: ModuleType) -> int:
-        nodes = _nodes(ray)
+        nodes = node_resources(ray)
         config = held(self._study.first, has_gpu=any(node.get("GPU", 0) for node in nodes))
         self._campaign.ray = config
         wanted = self._study.sweep.concurrent or 1
@@ -152,10 +148,10 @@ class _Session:
             try:
                 require_resources(ray, cpus=cpus, gpus=gpus, what=what, workers=workers)
             except PreflightError as err:
-                if trial_slots(_nodes(ray), config) < 1:
+                if trial_slots(node_resources(ray), config) < 1:
                     raise
                 say("sweep", f"{err.line}; goes on with what there is")
-        fit = trial_slots(_nodes(ray), config)
+        fit = trial_slots(node_resources(ray), config)
         if fit < 1:
             raise PreflightError(
                 f"not one trial fits on the cluster: it holds {config.workers or 1} × "

@@ -1,15 +1,13 @@
 """What a trial holds, and how many fit at once: by the scarcest of it, node by node. Pure."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.config.schema import RayConfig, RunConfig
+from pipeline.room import processes_that_fit
 
 DRIVER_BYTES = 256 * 2**20
 """Memory of the actor of a trial whose training runs on workers of its own; it holds no core beside them."""
-
-EPSILON = 1e-9
 
 
 def held(config: RunConfig, *, has_gpu: bool) -> RayConfig:
@@ -26,7 +24,7 @@ def held(config: RunConfig, *, has_gpu: bool) -> RayConfig:
 
 def trial_slots(nodes: Sequence[Mapping[str, float]], config: RayConfig) -> int:
     """Trials that fit on `nodes` (resources by name, of each) at the same time; 0 if not even one."""
-    workers = sum(_fit(node, config.cpus_per_worker, config.gpus_per_worker) for node in nodes)
+    workers = processes_that_fit(nodes, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)
     return workers // max(1, config.workers)
 
 
@@ -35,16 +33,3 @@ def trial_resources(config: RayConfig) -> dict[str, float]:
     if config.workers < 2:
         return {"cpu": config.cpus_per_worker, "gpu": config.gpus_per_worker}
     return {"cpu": 0.0, "gpu": 0.0, "memory": float(DRIVER_BYTES)}
-
-
-def _fit(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """Processes on one node; a share of a GPU never spans two devices."""
-    counts = []
-    if cpus > 0:
-        counts.append(math.floor(node.get("CPU", 0.0) / cpus + EPSILON))
-    if gpus > 0:
-        devices = math.floor(node.get("GPU", 0.0) + EPSILON)
-        counts.append(
-            devices * math.floor(1.0 / gpus + EPSILON) if gpus < 1 else math.floor(devices / gpus + EPSILON)
-        )
-    return min(counts, default=0)

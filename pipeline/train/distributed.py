@@ -6,6 +6,7 @@ never knows a row that the driver cannot get. An error that a person can act on 
 ranks leave without a restart, and the driver raises it as the one line that it is.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pipeline.cluster import connect, require_resources
+from pipeline.cluster import connect
 from pipeline.config.schema import RayConfig
 from pipeline.errors import KronyError, PreflightError, TrainError
 from pipeline.interrupt import abandon
 from pipeline.progress import say
+from pipeline.room import GROW_S, can_grow, require_resources
 from pipeline.store.location import Location
 from pipeline.train.line import Line, Told
 from pipeline.train.loop import Hooks, run
@@ -59,6 +61,8 @@ def fit(
     """
     with connect(config) as ray:
         _require_room(ray, config, should_stop)
+        if can_grow(ray):  # a lost machine is replaced in minutes, Ray Train gives a group one to start
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{GROW_S:.0f}")
         line = _open_line(ray)
         storage, name = _scratch(request.run)
         trainer = _trainer(request, config, line=line, storage=storage, name=name)

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 PROJECT = Path(__file__).resolve().parents[1]
 # Sockets below it may have paths of about 100 characters, so it is short and not pytest's own.
@@ -49,6 +50,8 @@ def pytest_configure() -> None:
             del os.environ[name]
     os.environ.update(OWN)
     (SCRATCH / "home").mkdir()
+    settings.register_profile("patient", deadline=None)  # a busy machine is no error
+    settings.load_profile("patient")
 
 
 def pytest_unconfigure() -> None:

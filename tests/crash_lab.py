@@ -220,12 +220,50 @@ class Telling:
         return "new" if len(rows) == 7 else f"{len(rows)} rows"
 
 
+class TakingOver:
+    """A sweep that is run again for what failed: it begins with the events of its earlier attempt."""
+
+    def prepare(self, root: str) -> None:
+        ledger = self._ledger(root, "1")
+        ledger.tell("session", slots=1)
+        for key in "abc":
+            told: dict[str, Any] = {"name": key, "arm": key, "choices": {}, "picks": {}, "seed": 0}
+            ledger.tell("drawn", key=key, total_tokens=9, **told)
+            ledger.tell("started", key=key)
+            ledger.tell("validated", key=key, tokens=9, val_loss=1.5)
+            ledger.tell("ended", key=key, state="finished", reason="", scores={}, train_s=1.0)
+        ledger.tell("end")
+
+    def write(self, root: str) -> None:
+        from pipeline.store.location import Location
+
+        ledger = self._ledger(root, "2")
+        ledger.begin_with(Location.of(f"{root}/1"))
+        ledger.tell("retried", key="a")
+
+    def read(self, root: str) -> str:
+        first, again = self._ledger(root, "1"), self._ledger(root, "2")
+        if again.is_empty:
+            return "nothing"
+        assert again.book.validated == first.book.validated
+        assert again.book.train_s == first.book.train_s == 3.0
+        assert {entry.state for key, entry in again.book.entries.items() if key != "a"} == {"finished"}
+        return "new" if again.book.entries["a"].state == "waiting" else "taken over"
+
+    def _ledger(self, root: str, attempt: str) -> Any:
+        from pipeline.store.location import Location
+        from pipeline.sweep.ledger import Ledger
+
+        return Ledger(Location.of(f"{root}/{attempt}"))
+
+
 WRITERS: Mapping[str, type[Writer]] = {
     "publishing": Publishing,
     "checkpointing": Checkpointing,
     "preparing": Preparing,
     "tokenizing": Tokenizing,
     "telling": Telling,
+    "taking over": TakingOver,
 }
 
 
@@ -234,6 +272,7 @@ HEAVY = {
     "serve": ("pipeline.train.checkpoint",),
     "tokenizing": ("tokenizers", "pyarrow.parquet", "pipeline.data.rows", "data_lab"),
     "preparing": ("tokenizers", "pyarrow.parquet", "pipeline.data.verify", "data_lab"),
+    "taking over": ("pipeline.sweep.ledger",),
 }
 """What a writer loads; the fewer, the faster a fork."""
 

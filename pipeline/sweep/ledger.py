@@ -7,7 +7,7 @@ a driver that was killed finds, in the next session, exactly what it knew. Loads
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -209,10 +209,14 @@ class Ledger:
         """Something happened: on record first, then in the book."""
         self._put({"step": self._next, "at": self._clock(), "event": event, **values})
 
-    def copy(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Begin with the events of an earlier attempt."""
-        for event in events:
-            self._put({**event, "step": self._next})
+    def begin_with(self, earlier: Location) -> None:
+        """Take over the events of an earlier attempt, all at once, unless something happened here already."""
+        if self.is_empty:
+            events = [{**event, "step": number} for number, event in enumerate(read_events(earlier))]
+            HistoryWriter(self._location, PREFIX).put(events)
+            for event in events:
+                self.book.apply(event)
+            self._next, self._is_left = len(events), self.book.is_open
 
     def _put(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:

@@ -9,7 +9,7 @@ no torch, no tracker.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from model.decode import parse_json
@@ -41,16 +41,21 @@ class HistoryWriter:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one row; it must hold an integer `step`."""
-        step = row.get("step")
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"a row of the history needs a step, an integer from 0 on; got {step!r}")
-        if len(self._lines) == self._limit:
+        if len(self._lines) >= self._limit:
             self.flush()
             self._part, self._lines = self._part + 1, []
-        self._lines.append(json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False))
-        self._dirty = True
+        self._add(row)
         if time.monotonic() - self._put_at >= self._interval_s:
             self.flush()
+
+    def put(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows as one part: however this process ends, whoever reads finds all of them or none."""
+        if self._lines:
+            self.flush()
+            self._part, self._lines = self._part + 1, []
+        for row in rows:
+            self._add(row)
+        self.flush()
 
     def flush(self) -> None:
         """Put what is not yet there."""
@@ -58,6 +63,13 @@ class HistoryWriter:
             key = f"{self._prefix}-{self._part:05d}.jsonl"
             self._location.put_bytes(key, ("\n".join(self._lines) + "\n").encode())
             self._dirty, self._put_at = False, time.monotonic()
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        step = row.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"a row of the history needs a step, an integer from 0 on; got {step!r}")
+        self._lines.append(json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False))
+        self._dirty = True
 
     def __enter__(self) -> Self:
         """Itself."""

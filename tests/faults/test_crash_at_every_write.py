@@ -67,6 +67,7 @@ def faults(library: Path, writer: str, folder: Path) -> list[dict]:
         ("checkpointing", 20, {"old", "new"}, "new"),
         ("tokenizing", 10, {"corpus", "corpus+tokenizer"}, "corpus+tokenizer"),
         ("telling", 20, {*(f"{n} rows" for n in range(7)), "new"}, "new"),
+        ("taking over", 10, {"nothing", "taken over", "new"}, "new"),
         pytest.param(
             "preparing",
             60,

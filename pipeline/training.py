@@ -137,7 +137,7 @@ def _train_alone(work: Work, attempt: Attempt, tokens: Artifact, training: _Trai
     began = time.monotonic()
     try:
         result = _fit(work, request, tracker, training)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         tracker.close("KILLED")
         raise
     except BaseException:
@@ -198,8 +198,15 @@ def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training)
             return fit(request, on_log=on_log, should_stop=should_stop)
         from pipeline.train.distributed import fit as fit_on_ray
 
-        on_group = training.driver.on_group if training.driver else None
-        return fit_on_ray(request, ray, on_log=on_log, should_stop=should_stop, on_group=on_group)
+        driver = training.driver
+        return fit_on_ray(
+            request,
+            ray,
+            on_log=on_log,
+            should_stop=should_stop,
+            on_group=driver.on_group if driver else None,
+            on_queue=driver.on_queue if driver else lambda: None,
+        )
 
 
 @contextmanager

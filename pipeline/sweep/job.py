@@ -203,6 +203,7 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
     driver = Driver(
         on_row=on_row,
         on_wait=on_wait,
+        on_queue=lambda: channel.enter("train"),  # a sign of life too: who waits for machines does not hang
         should_stop=lambda: channel.why != "",
         validate_at=tuple(map(job.config.train.step_at, job.rungs)),
         on_group=channel.join,

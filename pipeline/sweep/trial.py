@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import KronyError
@@ -53,6 +54,29 @@ class Board:
     def why(self, key: str) -> Why:
         """Why a trial should leave; empty if it may go on."""
         return self._asked.get(key, self._all)
+
+
+class BoardClerk:
+    """The driver's end of the board: one actor without CPUs on this node."""
+
+    def __init__(self) -> None:
+        """Start it."""
+        # Firmly: a soft wish leads to a worker where the head has no CPUs.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(Board)
+        self.handle = actor.options(scheduling_strategy=here).remote()
+
+    def ask(self, key: str, why: Why) -> None:
+        """A trial should leave; it is on the board when this returns."""
+        ray.get(self.handle.ask.remote(key, why))
+
+    def ask_all(self, why: Why) -> None:
+        """All trials should."""
+        ray.get(self.handle.ask_all.remote(why))
+
+    def forget(self, key: str) -> None:
+        """A trial left."""
+        ray.get(self.handle.forget.remote(key))
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]

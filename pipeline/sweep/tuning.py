@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.sweep import StopRule
-from pipeline.errors import KronyError, PreflightError, TrainError
+from pipeline.errors import Interrupted, KronyError, PreflightError, TrainError
 from pipeline.progress import Progress
+from pipeline.room import GROW_S, can_grow
 from pipeline.sweep.campaign import Campaign
-from pipeline.sweep.job import Job, Told, Why
+from pipeline.sweep.job import Job, Told
 from pipeline.sweep.reasons import error_text, reason_of
 from pipeline.sweep.slots import trial_resources
 from pipeline.sweep.window import Window
@@ -51,15 +52,16 @@ from ray.tune.schedulers import (  # noqa: E402
 )
 from ray.tune.search import Searcher  # noqa: E402
 from ray.util.placement_group import remove_placement_group  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-from pipeline.sweep.trial import Board, Trial  # noqa: E402
+from pipeline.sweep.trial import BoardClerk, Trial  # noqa: E402
 
 WATCH_S = 1.0
 """Seconds between two looks of the watch."""
 
 START_S = 600.0
-"""Seconds without any running process after which what a trial holds counts as not to be had, at least."""
+"""Seconds without any running process after which what a trial holds counts as not to be had, at least.
+
+An autoscaler has `GROW_S`."""
 
 LOST_S = 10.0
 """Seconds without any running process after which it is asked whether a node is left."""
@@ -85,29 +87,6 @@ class Sign:
     beats: int
     cpu_s: float
     at: float
-
-
-class BoardClerk:
-    """The driver's end of the board: one actor without CPUs on this node."""
-
-    def __init__(self) -> None:
-        """Start it."""
-        # Firmly: a soft wish leads to a worker where the head has no CPUs.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(Board)
-        self.handle = actor.options(scheduling_strategy=here).remote()
-
-    def ask(self, key: str, why: Why) -> None:
-        """A trial should leave; it is on the board when this returns."""
-        ray.get(self.handle.ask.remote(key, why))
-
-    def ask_all(self, why: Why) -> None:
-        """All trials should."""
-        ray.get(self.handle.ask_all.remote(why))
-
-    def forget(self, key: str) -> None:
-        """A trial left."""
-        ray.get(self.handle.forget.remote(key))
 
 
 class JobQueue(Searcher):  # type: ignore[misc]
@@ -227,6 +206,7 @@ class Ears(tune.Callback):  # type: ignore[misc]
     ) -> None:
         """`should_stop` is asked about once a second; one yes lets every trial save and leave."""
         self.failure: KronyError | None = None
+        self.is_alone = False
         self._campaign, self._board, self._verdicts = campaign, board, verdicts
         self._window, self._progress = window, progress
         self._should_stop, self._silence_s = should_stop, silence_s
@@ -281,6 +261,9 @@ class Ears(tune.Callback):  # type: ignore[misc]
         if self._should_stop() and not self._campaign.is_stopping:
             self._stop_all()
         running = [trial for trial in trials if trial.status == "RUNNING"]
+        if self._campaign.is_stopping and self._campaign.running and not running:
+            self.is_alone = True
+            raise Interrupted("all trials wait for machines, none could hear that it should end")
         for trial in running:
             key = trial.config["job"].key
             sign = self._signs.get(key)
@@ -292,7 +275,7 @@ class Ears(tune.Callback):  # type: ignore[misc]
         elif now - self._heard_at > LOST_S and not any(node["Alive"] for node in ray.nodes()):
             self.failure = TrainError("Ray lost its last node; the same command goes on")
             raise self.failure
-        elif now - self._heard_at > max(self._silence_s, START_S) and self.failure is None:
+        elif now - self._heard_at > max(self._silence_s, _start_s()) and self.failure is None:
             self.failure = PreflightError(
                 f"no trial could start for {now - self._heard_at:,.0f} s: what one holds "
                 f"({trial_resources(self._campaign.ray)}) is not free"
@@ -378,7 +361,7 @@ def run_jobs(
         if (lost := _find_ray_error(err)) is not None:
             first = next(iter(str(lost).strip().splitlines()), type(lost).__name__)
             raise TrainError(f"the connection to Ray was lost ({first}); the same command goes on") from err
-        if ears.failure is None:
+        if ears.failure is None and not ears.is_alone:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -386,6 +369,10 @@ def run_jobs(
             ray.kill(board.handle)
     if ears.failure is not None:
         raise ears.failure
+
+
+def _start_s() -> float:
+    return GROW_S if can_grow(ray) else START_S
 
 
 def _find_ray_error(err: BaseException | None) -> ray.exceptions.RayError | None:

@@ -19,19 +19,22 @@ import torch.distributed as dist
 
 from pipeline.cluster import connect
 from pipeline.config.schema import RayConfig
-from pipeline.errors import KronyError, PreflightError, TrainError
+from pipeline.errors import Interrupted, KronyError, PreflightError, TrainError
 from pipeline.interrupt import abandon
 from pipeline.progress import say
 from pipeline.room import GROW_S, can_grow, require_resources
 from pipeline.store.location import Location
 from pipeline.train.line import Line, Told
 from pipeline.train.loop import Hooks, run
+from pipeline.train.network import choose_network
 from pipeline.train.relay import Relay
 from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
 from pipeline.train.topology import TIMEOUT_S, PeerLost, choose_device, joined
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from pipeline.train.group import Grip
 
 PUMP_S = 0.2
 """Seconds between two looks at the line, by the driver and by rank 0."""
@@ -52,15 +55,18 @@ def fit(
     on_log: OnLog,
     should_stop: ShouldStop,
     on_group: Callable[[Any], None] | None = None,
+    on_queue: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Train on `config.workers` workers, or continue; `on_log` and `should_stop` are called in this process.
 
-    `on_group` gets the placement group of the workers, for whoever must free it if this process is killed.
-    Raises PreflightError if the cluster cannot hold the workers, TrainError if the group is lost more often
-    than `config.max_failures`, and whatever KronyError a worker raised.
+    `on_group` gets the placement group of the workers, for whoever must free it if this process is killed;
+    `on_queue` is called again and again while workers wait for their place. Raises PreflightError if the
+    cluster cannot hold the workers, Interrupted if asked to stop while none trains, TrainError if the group
+    is lost more often than `config.max_failures`, and whatever KronyError a worker raised. No worker goes on
+    after an error of this process.
     """
     with connect(config) as ray:
-        _require_room(ray, config, should_stop)
+        _require_room(ray, config, should_stop, on_queue)
         if can_grow(ray):  # a lost machine is replaced in minutes, Ray Train gives a group one to start
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{GROW_S:.0f}")
         line = _open_line(ray)
@@ -74,13 +80,23 @@ def fit(
             finally:
                 _clear(storage, name)
 
-        return _drive(ray, fit_and_clear, line, Relay(request, on_log), should_stop, on_group=on_group)
+        return _drive(
+            ray,
+            fit_and_clear,
+            line,
+            Relay(request, on_log),
+            should_stop,
+            on_group=on_group,
+            on_queue=on_queue,
+        )
 
 
 # --- in the driver ------------------------------------------------------------------------------------------
 
 
-def _require_room(ray: "ModuleType", config: RayConfig, should_stop: ShouldStop) -> None:
+def _require_room(
+    ray: "ModuleType", config: RayConfig, should_stop: ShouldStop, on_queue: Callable[[], None]
+) -> None:
     asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
     what = f"training with {config.workers} workers"
     require_resources(
@@ -90,6 +106,7 @@ def _require_room(ray: "ModuleType", config: RayConfig, should_stop: ShouldStop)
         what=what,
         workers=config.workers,
         should_stop=should_stop,
+        on_wait=on_queue,
     )
     until = time.monotonic() + FREE_WAIT_S
     while True:
@@ -97,6 +114,8 @@ def _require_room(ray: "ModuleType", config: RayConfig, should_stop: ShouldStop)
         short = {name: count for name, count in asked.items() if count > free.get(name, 0.0) + 1e-9}
         if not short:
             return
+        if should_stop():
+            raise Interrupted(f"{what}: stopped before it began; the same command goes on")
         if time.monotonic() > until:
             listed = " and ".join(
                 f"{count:g} {name}, free {free.get(name, 0.0):g}" for name, count in short.items()
@@ -104,6 +123,7 @@ def _require_room(ray: "ModuleType", config: RayConfig, should_stop: ShouldStop)
             raise PreflightError(
                 f"{what} asks for {listed}; other work holds the rest: wait for it, or lower ray.workers"
             )
+        on_queue()
         time.sleep(PUMP_S)
 
 
@@ -117,7 +137,9 @@ def _open_line(ray: "ModuleType") -> Any:
 
 def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Location, name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.train.group import Watch
 
     gpu = config.gpus_per_worker > 0
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if gpu else {})
@@ -127,11 +149,12 @@ def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Loca
 
     return TorchTrainer(
         worker,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(TIMEOUT_S)),
+        torch_config=_torch_config("nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=storage.uri,
+            callbacks=[Watch(line)],
             failure_config=FailureConfig(
                 max_failures=config.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # infinite unless set, like the next
@@ -139,6 +162,22 @@ def _trainer(request: FitRequest, config: RayConfig, *, line: Any, storage: Loca
             ),
         ),
     )
+
+
+def _torch_config(backend: str) -> Any:
+    """Ray's own, with the network named in every worker before it makes the group."""
+    from ray.train.torch import TorchConfig
+
+    base: Any = TorchConfig().backend_cls
+
+    def on_start(self: Any, workers: Any, config: Any) -> None:
+        workers.execute(_name_network)
+        base.on_start(self, workers, config)
+
+    # Made by hand: classes inside of functions lose the names in their annotations when they are pickled.
+    networked = type("Networked", (base,), {"on_start": on_start})
+    config = type("NetworkedConfig", (TorchConfig,), {"backend_cls": property(lambda _: networked)})
+    return config(backend=backend, timeout_s=int(TIMEOUT_S))
 
 
 def _drive(
@@ -149,10 +188,13 @@ def _drive(
     should_stop: ShouldStop,
     *,
     on_group: Callable[[Any], None] | None,
+    on_queue: Callable[[], None],
 ) -> FitResult:
     """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
-    pool = ThreadPool(1)
-    asked = False
+    from pipeline.train.group import Grip
+
+    pool, grip = ThreadPool(2), Grip()
+    asked, leaves = False, False
     running = pool.apply_async(work)
     try:
         while not running.ready():
@@ -160,15 +202,25 @@ def _drive(
             if not asked and should_stop():
                 ray.get(line.ask_stop.remote())
                 asked = True
-            told = _pump(ray, line, relay)
+            told = _pump(ray, line, relay, grip)
             if on_group and told.group is not None:
                 on_group(told.group)
-        if (failure := _pump(ray, line, relay).failure) is not None:
+            if told.waits and not running.ready():
+                on_queue()
+                if asked:  # nobody is there who could hear it
+                    raise Interrupted(f"stopped while its workers waited for their place; {CONTINUES}")
+        if (failure := _pump(ray, line, relay, grip).failure) is not None:
             raise failure
         return _answer(running.get)
     except ray.exceptions.RayError as err:
         raise TrainError(f"the connection to Ray was lost ({_first_line(err)}); {CONTINUES}") from err
+    except Exception:  # this process cannot go on, as where its history cannot be written
+        line.ask_stop.remote()
+        leaves = True
+        raise
     finally:
+        if not running.ready():
+            grip.end(running, pool=pool, leaves=leaves)
         if not running.ready():
             abandon()
         pool.terminate()
@@ -190,8 +242,9 @@ def _answer(result: Callable[[], Any]) -> FitResult:
     return answer
 
 
-def _pump(ray: "ModuleType", line: Any, relay: Relay) -> Told:
+def _pump(ray: "ModuleType", line: Any, relay: Relay, grip: "Grip") -> Told:
     told: Told = ray.get(line.listen.remote())
+    grip.note(told)
     for note in told.notes:
         say("train", note)
     relay.rows(told.rows)
@@ -229,6 +282,12 @@ def _clear(storage: Location, name: str) -> None:
 
 
 # --- in a worker --------------------------------------------------------------------------------------------
+
+
+def _name_network() -> None:
+    import ray
+
+    choose_network(ray.util.get_node_ip_address())
 
 
 def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | None:

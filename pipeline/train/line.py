@@ -19,6 +19,10 @@ class Told(NamedTuple):
     failure: KronyError | None
     group: Any = None
     """The placement group that the workers run in, each time they start."""
+    leader: Any = None
+    """Ray Train's controller, once."""
+    waits: bool = False
+    """Whether no worker trains, because the group waits for its place."""
 
 
 class Line:
@@ -31,10 +35,20 @@ class Line:
         self._stop = False
         self._error: KronyError | None = None
         self._group: Any = None
+        self._leader: Any = None
+        self._waits = True
+
+    def lead(self, controller: Any) -> None:
+        """Ray Train's controller stands."""
+        self._leader = controller
+
+    def place(self, waits: bool) -> None:  # noqa: FBT001  (called from afar)
+        """The controller waits for the place of a group, or not any more."""
+        self._waits = waits
 
     def join(self, group: Any) -> None:
         """The workers run, in this placement group."""
-        self._group = group
+        self._group, self._waits = group, False
 
     def push(self, rows: Sequence[Row]) -> None:
         """A worker tells rows."""
@@ -46,8 +60,8 @@ class Line:
 
     def listen(self) -> Told:
         """The driver takes what came in."""
-        told = Told(self._rows, self._notes, self._error, self._group)
-        self._rows, self._notes, self._group = [], [], None
+        told = Told(self._rows, self._notes, self._error, self._group, self._leader, self._waits)
+        self._rows, self._notes, self._group, self._leader = [], [], None, None
         return told
 
     def ask_stop(self) -> None:

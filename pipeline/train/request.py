@@ -38,6 +38,9 @@ class Driver:
     on_wait: Callable[[], None] = lambda: None
     """Called again and again while another process is at work on the same run."""
 
+    on_queue: Callable[[], None] = lambda: None
+    """Called again and again while nothing is trained because the workers wait for their place."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitRequest:

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import PreflightError, TrainError
+from pipeline.train.network import choose_network
 
 TIMEOUT_S = 600.0
 """Longest wait for another rank, in seconds; rank 0 may be writing a large checkpoint meanwhile."""
@@ -117,6 +118,7 @@ def from_environment(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[T
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    choose_network(os.environ.get("MASTER_ADDR", ""))
     store = _meeting_point(_address(), rank, world)
     store.set_timeout(timeout)
     dist.init_process_group(

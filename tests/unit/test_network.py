@@ -1,0 +1,46 @@
+"""Which network gloo is told to use."""
+
+import os
+
+import psutil
+import pytest
+
+from pipeline.train.network import INTERFACE, choose_network
+
+
+@pytest.fixture(autouse=True)
+def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No interface is named, neither before nor after."""
+    monkeypatch.setenv(INTERFACE, "")
+
+
+def outward() -> list[tuple[str, str]]:
+    """Interfaces of this machine that lead to others, with their IPv4 addresses."""
+    return [
+        (name, each.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for each in addresses
+        if each.family.name == "AF_INET" and not each.address.startswith("127.")
+    ]
+
+
+def test_the_interface_of_our_own_address_is_named():
+    found = outward()
+    if not found:
+        pytest.skip("this machine has no network")
+    name, address = found[0]
+    choose_network(address)
+    assert os.environ[INTERFACE] == name
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1", "", "no.such.host.invalid"])
+def test_loopback_and_nowhere_name_none(address):
+    choose_network(address)
+    assert os.environ[INTERFACE] == ""
+
+
+def test_who_names_one_decides(monkeypatch):
+    monkeypatch.setenv(INTERFACE, "mine0")
+    for _, address in outward():
+        choose_network(address)
+    assert os.environ[INTERFACE] == "mine0"

@@ -140,8 +140,10 @@ class _Session:
         nodes = node_resources(ray)
         config = held(self._study.first, has_gpu=any(node.get("GPU", 0) for node in nodes))
         self._campaign.ray = config
-        wanted = self._study.sweep.concurrent or 1
-        if trial_slots(nodes, config) < wanted and can_grow(ray):
+        wanted, grows = self._study.sweep.concurrent or 1, can_grow(ray)
+        if grows and not config.gpus_per_worker and self._study.first.train.device == "auto":
+            say("sweep", "trials train on CPUs: ray.gpus_per_worker is 0, and no GPU is there yet")
+        if trial_slots(nodes, config) < wanted and grows:
             workers = wanted * max(1, config.workers)
             cpus, gpus = workers * config.cpus_per_worker, workers * config.gpus_per_worker
             what = f"a sweep of {wanted} trials at once"

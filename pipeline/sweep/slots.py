@@ -14,10 +14,12 @@ def held(config: RunConfig, *, has_gpu: bool) -> RayConfig:
     """What a trial of this config holds: as it says, with a GPU of its own where it will use one.
 
     One worker needs no Ray Train; and `ray.gpus_per_worker` is 0 by default, which for a training that takes
-    the GPU by itself (`train.device`) means one whole GPU.
+    the GPU by itself means one whole GPU: always where `train.device` is "cuda", and where it is "auto" if
+    there is one (`has_gpu`). So "auto" never asks an autoscaler for its first GPU.
     """
     ray = config.ray if config.ray.workers > 1 else replace(config.ray, workers=0)
-    if has_gpu and ray.workers == 0 and ray.gpus_per_worker == 0 and config.train.device in ("auto", "cuda"):
+    takes_gpu = config.train.device == "cuda" or (has_gpu and config.train.device == "auto")
+    if takes_gpu and ray.workers == 0 and ray.gpus_per_worker == 0:
         return replace(ray, gpus_per_worker=1.0)
     return ray
 

@@ -65,7 +65,12 @@ def fit(
     is lost more often than `config.max_failures`, and whatever KronyError a worker raised. No worker goes on
     after an error of this process.
     """
+    device = "" if config.gpus_per_worker else request.train.device
+    if device == "cuda":
+        raise PreflightError("train.device='cuda' on Ray needs ray.gpus_per_worker above 0, it is 0; try 1")
     with connect(config) as ray:
+        if device == "auto" and ray.cluster_resources().get("GPU"):
+            say("train", "on CPUs: the cluster has GPUs, but ray.gpus_per_worker is 0")
         _require_room(ray, config, should_stop, on_queue)
         if can_grow(ray):  # a lost machine is replaced in minutes, Ray Train gives a group one to start
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{GROW_S:.0f}")
@@ -313,15 +318,12 @@ def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | None:
 
 
 def _device(request: FitRequest, *, gpu: bool) -> torch.device:
-    name = request.train.device
     if gpu:
         from ray.train.torch import get_device
 
         device: torch.device = get_device()
         return device
-    if name == "cuda":
-        raise PreflightError("train.device='cuda' on Ray needs ray.gpus_per_worker of at least 1, it is 0")
-    return choose_device("cpu" if name == "auto" else name)
+    return choose_device("cpu" if request.train.device == "auto" else request.train.device)
 
 
 def _hooks(line: Any, *, is_main: bool) -> Hooks:

@@ -1,5 +1,7 @@
 """How many trials fit: the scarcest resource decides, and no share of a GPU spans two devices."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config.schema import RayConfig, RunConfig
@@ -38,6 +40,13 @@ def test_a_trial_that_will_use_the_gpu_holds_one():
     assert held(RunConfig(), has_gpu=False).gpus_per_worker == 0.0
     packed = RunConfig(ray=RayConfig(gpus_per_worker=0.25))
     assert held(packed, has_gpu=True).gpus_per_worker == 0.25
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_who_insists_on_a_gpu_asks_for_it_and_who_does_not_want_one_holds_none(has_gpu: bool):
+    for device, gpus in (("cuda", 1.0), ("cpu", 0.0)):
+        config = RunConfig(train=replace(RunConfig().train, device=device))
+        assert held(config, has_gpu=has_gpu).gpus_per_worker == gpus
 
 
 def test_one_worker_needs_no_ray_train():

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.cluster import SWITCHES
-from pipeline.errors import DataError, Interrupted, TrainError
+from pipeline.config.schema import RayConfig
+from pipeline.errors import DataError, Interrupted, PreflightError, TrainError
 from pipeline.train.line import Line
 from pipeline.train.request import FitResult
 
@@ -78,6 +79,14 @@ def drive(group: Group, *, relay: Any = RELAY, **more: Any) -> Any:
 
 def broken(rows: Any) -> None:
     raise DataError("the history cannot be written")
+
+
+def test_a_gpu_that_nobody_asks_ray_for_is_refused_before_anything_starts():
+    from pipeline.train.distributed import fit
+
+    request: Any = SimpleNamespace(train=SimpleNamespace(device="cuda"))
+    with pytest.raises(PreflightError, match=r"needs ray\.gpus_per_worker above 0"):
+        fit(request, RayConfig(workers=2), on_log=print, should_stop=lambda: False)
 
 
 def test_workers_of_a_driver_that_cannot_go_on_are_asked_to_leave(group: Group):

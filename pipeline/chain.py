@@ -24,7 +24,8 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate.protocols import VALIDATION, Protocol, get_protocol
 from pipeline.evaluate.tasks import text_identity
 from pipeline.store.artifacts import Identity
-from pipeline.store.location import Location, sha256_file
+from pipeline.store.copies import sha256_file
+from pipeline.store.location import Location
 from pipeline.store.records import KINDS
 
 # Raised by one when a producer's results change, so that old artifacts are not mistaken for new ones.

@@ -79,7 +79,7 @@ class Part:
         """The windows (1, length) of this part, in order."""
         config, length = self.config, self.config.length
         shards = sorted(k for k in self.tokens.record.files if k.startswith("train-") and k.endswith(".bin"))
-        stream = TokenStream([self.tokens.path(key) for key in shards])
+        stream = TokenStream(self.tokens.paths(shards))
         windows = Batches(stream, seq_len=length, batch_tokens=length, seed=config.seed)
         if config.sequences > windows.rows_per_epoch:
             raise DataError(

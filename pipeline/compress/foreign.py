@@ -13,7 +13,8 @@ from pipeline.compress.card import Card
 from pipeline.compress.folders import write_folders
 from pipeline.data.tokenizer import read_gpt2
 from pipeline.errors import CompressError, PreflightError
-from pipeline.store.location import Location, sha256_file
+from pipeline.store.copies import sha256_file
+from pipeline.store.location import Location
 from pipeline.store.scratch import scratch_folder
 
 FAMILY: dict[Layout, str] = {

@@ -16,7 +16,8 @@ from pipeline.data.rows import Corpus, Split, sided_texts
 from pipeline.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, ShardWriter, Sidecar
 from pipeline.data.splits import Positions
 from pipeline.data.tokenizer import encode_document, load_tokenizer
-from pipeline.store.location import Location, sha256_file
+from pipeline.store.copies import sha256_file
+from pipeline.store.location import Location
 from pipeline.store.scratch import scratch_folder
 
 SIDES: tuple[Side, ...] = ("train", "val")

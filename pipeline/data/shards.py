@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from model.decode import decode, parse_json
 from pipeline.errors import DataError
-from pipeline.store.location import sha256_file
+from pipeline.store.copies import sha256_file
 
 MAGIC = 20240520
 VERSION = 1

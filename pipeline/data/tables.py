@@ -18,7 +18,8 @@ from model.decode import decode, parse_json
 from pipeline.data.documents import CorpusError, Document, Side
 from pipeline.data.files import LONGEST, growth_limit
 from pipeline.errors import StoreError
-from pipeline.store.location import Location, checked_key, sha256_file
+from pipeline.store.copies import sha256_file
+from pipeline.store.location import Location, checked_key
 
 FILE = "corpus.json"
 FORMAT = 1

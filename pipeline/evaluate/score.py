@@ -129,7 +129,7 @@ def validation_sequence(tokens: Artifact, encoding: tiktoken.Encoding) -> TokenS
         raise EvaluateError(
             f"{tokens.record.address} has no validation shards; raise data.validation_fraction, prepare again"
         )
-    stream = TokenStream([tokens.path(key) for key in shards])
+    stream = TokenStream(tokens.paths(shards))
     ids = stream.read(0, len(stream))
     digest = hashlib.sha256("".join(tokens.record.files[key].sha256 for key in shards).encode()).hexdigest()
     ends = document_ends(ids, end_token=encoding.eot_token)

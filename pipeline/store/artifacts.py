@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
+from pipeline.store.copies import side_by_side
 from pipeline.store.location import Location, Promise
 from pipeline.store.objects import READERS, READS, StoreAccessError
 from pipeline.store.provenance import provenance
@@ -78,6 +79,10 @@ class Artifact:
         self.require(name)
         return self.location.local(name)
 
+    def paths(self, names: Iterable[str]) -> list[Path]:
+        """As `path`, of several files at once."""
+        return side_by_side(self.path, names)
+
     def require(self, name: str) -> None:
         """Raise StoreError if the artifact has no such file."""
         if name not in self.record.files:
@@ -91,8 +96,9 @@ class Artifact:
 
     def verify(self) -> None:
         """Hash every file again, in the store; raises StoreError naming the first that is not as recorded."""
-        for name, info in self.record.files.items():
-            found = self.location.settled_sha256(name, info.sha256)
+        files = self.record.files
+        found_all = side_by_side(lambda name: self.location.settled_sha256(name, files[name].sha256), files)
+        for (name, info), found in zip(files.items(), found_all, strict=True):
             if found != info.sha256:
                 raise StoreError(
                     f"{self.record.address}/{name}: sha256 {found[:12]}…, record says {info.sha256[:12]}…; "
@@ -134,10 +140,10 @@ class Attempt:
         `written` holds the sha256 of files as their writers knew them: one that is something else by now is
         removed and named by a StoreError, and a rerun makes it again.
         """
-        files = {}
-        for key, size in self.location.sizes().items():
-            expected = (written or {}).get(key, "")
-            digest = self.location.settled_sha256(key, expected)
+        files, sizes, known = {}, self.location.sizes(), written or {}
+        digests = side_by_side(lambda key: self.location.settled_sha256(key, known.get(key, "")), sizes)
+        for (key, size), digest in zip(sizes.items(), digests, strict=True):
+            expected = known.get(key, "")
             if expected and digest != expected:
                 self.location.delete(key)
                 raise StoreError(

@@ -10,13 +10,10 @@ import hashlib
 import itertools
 import os
 import shutil
-import stat
-import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -24,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import StoreError
+from pipeline.store.copies import is_here, known_digest, node_cache, one_at_a_time, sha256_file, side_by_side
 from pipeline.store.objects import (
     READS,
     blocks,
@@ -70,23 +68,6 @@ def checked_key(key: str) -> str:
     ):
         raise StoreError(f"key {key!r} is no place inside a location; expected a relative path without '..'")
     return key
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def known_digest(path: Path) -> str:
-    """As `sha256_file`, once per process for each state of the file: its size, times and inode."""
-    status = path.stat()
-    return _digest(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=1 << 16)
-def _digest(path: str, *_state: int) -> str:
-    return sha256_file(Path(path))
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -244,7 +225,11 @@ class Location:
         expected = sha256 or self._promised(key)
         if not self.is_local:
             name = expected or hashlib.sha256(f"{self.uri}/{key}:{self._stamp(key)}".encode()).hexdigest()
-            return self._fetch(key, node_cache() / name[:2] / name / PurePosixPath(key).name, expected)
+            target = node_cache() / name[:2] / name / PurePosixPath(key).name
+            if not is_here(target, expected):
+                with self._holding(target.parent):
+                    self._fetch(key, target, expected)
+            return target
         path = self._path(key)
         if not path.is_file():
             raise FileNotFoundError(f"{self.uri}/{key}")
@@ -252,21 +237,25 @@ class Location:
             raise self._changed(key, found, expected)
         return path
 
+    def local_files(self, keys: Iterable[str]) -> builtins.list[Path]:
+        """As `local`, of several keys at once."""
+        return side_by_side(self.local, keys)
+
     def local_folder(self, prefix: str = "", *, only: Collection[str] = ()) -> Path:
         """A folder that can be opened here and holds all below `prefix`, or its files `only`, as promised."""
         above = f"{prefix}/" if prefix else ""
         keys = [above + name for name in only]
         if self.is_local:
             promised = self.promise.sha256 if self.promise else {}
-            for key in promised:
-                if key in keys or (not keys and key.startswith(above)):
-                    self.local(key)
+            self.local_files(key for key in promised if key in keys or (not keys and key.startswith(above)))
             return Path(self.uri) / prefix
         stamps = {key: self._promised(key) or self._stamp(key) for key in keys or self.list(prefix)}
         stamp = "\n".join(f"{key}:{stamps[key]}" for key in sorted(stamps))
         folder = node_cache() / "folders" / hashlib.sha256(f"{self.uri}\n{stamp}".encode()).hexdigest()
-        for key in stamps:
-            self._fetch(key, folder / key, self._promised(key))
+        here = side_by_side(lambda key: is_here(folder / key, self._promised(key)), stamps)
+        if not all(here):
+            with self._holding(folder):
+                side_by_side(lambda key: self._fetch(key, folder / key, self._promised(key)), stamps)
         return folder / prefix
 
     # --- inside ---------------------------------------------------------------------------------------------
@@ -305,10 +294,17 @@ class Location:
         filesystem, root = _filesystem(self.uri)
         return blocks(filesystem, f"{root}/{checked_key(key)}", where=f"{self.uri}/{key}")
 
-    def _fetch(self, key: str, target: Path, expected: str) -> Path:
+    @contextmanager
+    def _holding(self, folder: Path) -> Iterator[None]:
+        with ExitStack() as held:
+            with writing(str(folder)):
+                held.enter_context(one_at_a_time(folder))
+            yield
+
+    def _fetch(self, key: str, target: Path, expected: str) -> None:
         """Copy an object to `target` unless it lies there as expected; again if something else arrives."""
-        if target.exists() and (not expected or known_digest(target) == expected):
-            return target
+        if is_here(target, expected):
+            return
         for tries_left in reversed(range(READS)):
             arriving = self._blocks(key)
             first = next(arriving, b"")  # here, so that a missing object is no failure to write
@@ -323,7 +319,6 @@ class Location:
                     raise
             else:
                 break
-        return target
 
     def _promised(self, key: str) -> str:
         return self.promise.sha256.get(key, "") if self.promise else ""
@@ -344,21 +339,3 @@ class Location:
         ):
             tag = (file.metadata() or {}).get("ETag", b"").decode()
         return f"{info.size}:{tag or info.mtime_ns}"
-
-
-def node_cache() -> Path:
-    """Where this node keeps copies of remote files, by digest: KRONY_CACHE, or a folder for this user alone.
-
-    Raises StoreError where somebody else was faster and made that folder, or may write to it.
-    """
-    if chosen := os.environ.get("KRONY_CACHE"):
-        return Path(chosen)
-    folder = Path(tempfile.gettempdir()) / f"krony-cache-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise StoreError(
-            f"{folder}: is another user's, or others may write to it, so its copies cannot be trusted; "
-            "remove it, or set KRONY_CACHE to a folder of your own"
-        )
-    return folder

@@ -289,7 +289,7 @@ def _load(init: Location) -> GPT2:
 
 def _paths(location: Location, keys: tuple[str, ...]) -> list[Path]:
     try:
-        return [location.local(key) for key in keys]
+        return location.local_files(keys)
     except FileNotFoundError as err:
         raise DataError(f"shard {err} is missing; run `krony prepare … --force`") from err
 

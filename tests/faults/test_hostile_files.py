@@ -33,7 +33,7 @@ from pipeline.data.tokenizer import TokenizerError, load_tokenizer
 from pipeline.errors import CompressError, KronyError, StoreError
 from pipeline.evaluate.texts import read_text
 from pipeline.store.artifacts import Identity, Store
-from pipeline.store.location import node_cache
+from pipeline.store.copies import node_cache
 
 ARCH = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_ctx=24, vocab_size=61, activation="gelu")
 

@@ -21,7 +21,8 @@ from pipeline.data.tokenizer import TokenizerError, load_tokenizer
 from pipeline.data.verify import split_documents, verify_tokens
 from pipeline.errors import StoreError
 from pipeline.store.artifacts import Artifact
-from pipeline.store.location import Location, sha256_file
+from pipeline.store.copies import sha256_file
+from pipeline.store.location import Location
 from pipeline.store.records import FileInfo
 
 

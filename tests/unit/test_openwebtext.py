@@ -12,7 +12,8 @@ from pipeline.data.corpora import corpus_identity, documents, source_of
 from pipeline.data.documents import CorpusError
 from pipeline.data.openwebtext import OpenWebText, fetch
 from pipeline.data.rows import Corpus, Range
-from pipeline.store.location import Location, sha256_file
+from pipeline.store.copies import sha256_file
+from pipeline.store.location import Location
 
 REVISION = OpenWebTextCorpus().revision
 

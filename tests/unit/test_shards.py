@@ -14,7 +14,7 @@ from pipeline.data.shards import (
     check_shard,
     open_shard,
 )
-from pipeline.store.location import sha256_file
+from pipeline.store.copies import sha256_file
 
 
 @pytest.fixture

@@ -87,10 +87,11 @@ def _shared_mb(pid: int) -> float:
 def write_text(options: argparse.Namespace, folder: Path) -> TextFile:
     """The one file that is linked: the first `copy_mb` of the text."""
     named = FilesCorpus(paths=(options.texts,)) if options.texts else PydocsCorpus(packages=("python",))
-    folder.mkdir()
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True)
     files = write_documents(
         documents(source_of(named)),
-        scratch=folder,
+        scratch=scratch,
         location=Location.of(folder),
         stem="text",
         limit_bytes=int(min(options.copy_mb, options.gb * 1e3) * 1e6),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from model.algebra.kron import kron_apply, kron_sum
 from model.algebra.shapes import KronShape, Order
 from model.config import Kron
-from model.layers.choice import kronecker_cost
+from model.layers.choice import Way, kronecker_cost
+from model.layers.one_token import MOST, OneToken, through
 from model.layers.structured import ParameterTag, StructuredLinear, normal_
 
 
@@ -38,6 +39,7 @@ class KroneckerLinear(StructuredLinear):
         self.left = nn.Parameter(torch.zeros(matrix.terms, matrix.m1, matrix.n1))
         self.right = nn.Parameter(torch.zeros(matrix.terms, matrix.m2, matrix.n2))
         self.scales = nn.Parameter(torch.ones(matrix.terms)) if matrix.scales else None
+        self._one_token: tuple[tuple[object, ...], OneToken] | None = None
         self.register_buffer("gather_in", torch.arange(n_in) if matrix.gather_in else None)
         self.register_buffer("gather_out", torch.arange(n_out) if matrix.gather_out else None)
 
@@ -55,7 +57,7 @@ class KroneckerLinear(StructuredLinear):
         if self.gather_in is not None:
             x = x[..., self.gather_in]
         left, right = self.factors()
-        order = self.shape.cheaper_order if self.order == "auto" else self.order
+        order = self._taken_order()
         if self.shape.m2 == 1 and order == "a_first":
             y = _row_product(x, left, right)
         elif self.shape.n2 == 1 and order == "b_first":
@@ -63,6 +65,48 @@ class KroneckerLinear(StructuredLinear):
         else:
             y = kron_apply(x, left, right, order=order)
         return y if self.gather_out is None else y[..., self.gather_out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)."""
+        if x.numel() == self.n_in and (alone := self.for_one_token(x)):
+            return through((alone,), x).view(*x.shape[:-1], self.n_out)
+        return super().forward(x)
+
+    def resolve_mode(self, tokens: int) -> Way:
+        """What `forward` does with so many tokens, here and now."""
+        if tokens == 1 and self._may_prepare():
+            return "factored"
+        return super().resolve_mode(tokens)
+
+    def for_one_token(self, x: Tensor) -> OneToken | None:
+        """The factors as one token wants them, where they may stand for the parameters and are fast."""
+        half = torch.is_autocast_enabled("cpu") and x.dtype is torch.get_autocast_dtype("cpu")
+        if not (half or x.dtype is torch.float32) or not self._may_prepare():
+            return None
+        key = (self.order, *self._state())
+        if self._one_token is None or self._one_token[0] != key:
+            gathers = (self.gather_in, self.gather_out)
+            one = OneToken.of(self.factors(), self.full_bias(), order=self._taken_order(), gathers=gathers)
+            self._one_token = (key, one)
+        return self._one_token[1]
+
+    def _may_prepare(self) -> bool:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self.mode != "factored" and (self.mode != "auto" or self.share > MOST):
+            return False
+        if self.left.dtype is not torch.float32 or self.left.device.type != "cpu":
+            return False
+        return not any(p.is_inference() for p in self._held())  # whose changes torch does not count
+
+    def _taken_order(self) -> Order:
+        return self.shape.cheaper_order if self.order == "auto" else self.order
+
+    def train(self, mode: bool = True) -> "KroneckerLinear":  # noqa: FBT001, FBT002 - torch's signature
+        """As in torch; what was prepared is dropped."""
+        self._one_token = None
+        super().train(mode)
+        return self
 
     def weight_matrix(self) -> Tensor:
         """W (n_in, n_out), gathers included."""

@@ -3,14 +3,19 @@
 Layer by layer, the activations between the two are written and read several times, and they are the widest
 tensor of a block. Where both layers are Kronecker sums that split the hidden units alike, one function does
 the whole MLP. Whether it is taken follows from structure, device and number of tokens alone; a layer with a
-forced mode or order, or with hooks, is called by itself.
+forced mode or order, or with hooks, is called by itself. One token goes through factors that both layers have
+prepared (`one_token.py`), in the order that was asked for.
 """
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.layers.kronecker import KroneckerLinear
 from model.layers.narrow_mlp import narrow_mlp
+from model.layers.one_token import through
 from model.layers.structured import StructuredLinear
 
 FEWEST_TOKENS = 64
@@ -28,6 +33,8 @@ def paired(up: StructuredLinear, down: StructuredLinear, x: Tensor, *, gelu: str
     tokens = x.numel() // up.n_in
     if not (isinstance(up, KroneckerLinear) and isinstance(down, KroneckerLinear)):
         return None
+    if tokens == 1:
+        return _one_token(up, down, x, gelu=gelu)
     if gelu != "tanh" or x.device.type != "cpu" or tokens < FEWEST_TOKENS or not _is_narrow(up, down):
         return None
     if torch.float64 in (x.dtype, up.left.dtype):  # between the products all is fp32
@@ -53,6 +60,14 @@ def paired(up: StructuredLinear, down: StructuredLinear, x: Tensor, *, gelu: str
     return out.reshape(*x.shape[:-1], down.n_out)
 
 
+def _one_token(up: KroneckerLinear, down: KroneckerLinear, x: Tensor, *, gelu: str) -> Tensor | None:
+    """The whole MLP in five operators and no conversions but at its ends, where both layers are prepared."""
+    first, last = up.for_one_token(x), down.for_one_token(x)
+    if first is None or last is None or _is_heard(up) or _is_heard(down):
+        return None
+    return through((first, partial(F.gelu, approximate=gelu), last), x).view(*x.shape[:-1], down.n_out)
+
+
 def _is_narrow(up: KroneckerLinear, down: KroneckerLinear) -> bool:
     """Whether B is one row up and one column down, over the same hidden units in the same order."""
     mixed = up.shape.n2 * (len(up.left) + len(down.left))
@@ -67,5 +82,10 @@ def _is_narrow(up: KroneckerLinear, down: KroneckerLinear) -> bool:
 
 def _is_free(layer: KroneckerLinear, tokens: int) -> bool:
     """Whether nobody asked for, or listens to, this very layer."""
+    return not _is_heard(layer) and layer.order == "auto" and layer.resolve_mode(tokens) == "factored"
+
+
+def _is_heard(layer: KroneckerLinear) -> bool:
+    """Whether somebody has hooks on this very layer."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)  # noqa: SLF001
-    return not any(hooks) and layer.order == "auto" and layer.resolve_mode(tokens) == "factored"
+    return any(hooks)

@@ -113,16 +113,18 @@ class StructuredLinear(Tagged, ABC):
 
     def _cached_weight(self) -> Tensor:
         """W, formed anew only if a factor has changed since."""
-        key = (
-            torch.is_autocast_enabled(next(self.parameters()).device.type),  # W may be formed in bf16 then
-            *(
-                (p.data_ptr(), p._version, p.dtype, p.device)  # noqa: SLF001 - counts in-place changes
-                for p in (*self.parameters(), *self.buffers())
-            ),
-        )
+        half = torch.is_autocast_enabled(next(self.parameters()).device.type)  # W may be formed in bf16 then
+        key = (half, self._state())
         if self._cached is None or self._cached[0] != key:
             self._cached = (key, self.weight_matrix().detach())
         return self._cached[1]
+
+    def _state(self) -> tuple[object, ...]:
+        """Differs after every change of a parameter or buffer that torch counts."""
+        return tuple([(p.data_ptr(), p._version, p.dtype, p.device) for p in self._held()])  # noqa: SLF001
+
+    def _held(self) -> list[Tensor]:
+        return [p for p in (*self._parameters.values(), *self._buffers.values()) if p is not None]
 
     def train(self, mode: bool = True) -> "StructuredLinear":  # noqa: FBT001, FBT002 - torch's signature
         """As in torch; a kept W is dropped."""

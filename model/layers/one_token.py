@@ -1,0 +1,117 @@
+"""One token through a sum of Kronecker products: two products with prepared factors, bias and terms included.
+
+With many tokens the multiplications count, with one the calls and the reading. As Y = sum_k A_k^T X B_k, for
+the token as a matrix X, the sum over the terms is part of the second product if the factors are laid side by
+side beforehand. They are kept in fp32, whatever the precision asked for: on CPUs a product of one column with
+a bf16 matrix takes longer than with an fp32 one, though that has twice the bytes.
+
+BLAS libraries multiply a matrix and one column on a single thread. As a batch of blocks of rows, all threads
+do, and memory is read two to three times as fast.
+"""
+
+# r terms · A (r, m1, n1) · B (r, m2, n2) · X (m1, m2) · Y and bias (n1, n2) · h blocks of the rows of A^T
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.algebra.kron import shape_of
+from model.algebra.shapes import Order
+
+BLOCK = 65_536
+"""Numbers of a block."""
+
+MOST = 1.0
+"""Share of the dense multiply-accumulates from which a kept W is faster."""
+
+
+def through(steps: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
+    """One token (..., C) through steps that take and give flat fp32 vectors: (n,), of the type asked for."""
+    half = torch.is_autocast_enabled("cpu")
+    y = x.reshape(-1).float()
+    if not half:
+        for step in steps:
+            y = step(y)
+        return y
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        for step in steps:
+            y = step(y)
+    finally:
+        torch.set_autocast_enabled("cpu", True)
+    return y.to(torch.get_autocast_dtype("cpu"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneToken:
+    """x (m1*m2,) -> (x[gather_in] W)[gather_out] + b, (n1*n2,).
+
+    Holds detached copies, which are good until a parameter of the layer changes.
+    """
+
+    order: Order
+    token: tuple[int, int]
+    """(m1, m2)."""
+    left: Tensor
+    """A^T in blocks: (h, n1*r/h, m1) if A comes first, else (h, n1/h, r*m1)."""
+    right: Tensor
+    """B (r*m2, n2) if A comes first, else B^T (n2*r, m2)."""
+    bias: Tensor
+    """(n1, n2) if A comes first, else (h, n1/h, n2); before the gather."""
+    gathers: tuple[Tensor | None, Tensor | None]
+    """Of the inputs and of the outputs."""
+
+    @staticmethod
+    def of(
+        factors: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        *,
+        order: Order,
+        gathers: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> "OneToken":
+        """Prepare the factors (r, m1, n1), (r, m2, n2) and the bias (n1*n2,) of a layer."""
+        left, right = (each.detach().float() for each in factors)
+        shape = shape_of(left, right)
+        m1, n1, m2, n2 = shape.m1, shape.n1, shape.m2, shape.n2
+        full = left.new_zeros(n1 * n2) if bias is None else bias.detach().float().clone()
+        if gathers[1] is not None:
+            full = full[gathers[1].argsort()]
+        if order == "a_first":
+            rows = left.permute(2, 0, 1).flatten(0, 1)  # (n1*r, m1)
+            right, full = right.flatten(0, 1), full.view(n1, n2)
+            h = _blocks(rows) if m2 == 1 else 1
+        else:
+            rows = left.permute(2, 0, 1).flatten(1)  # (n1, r*m1)
+            right = right.permute(2, 0, 1).flatten(0, 1)
+            h = _blocks(rows) if n2 == 1 else 1
+            full = full.view(h, n1 // h, n2)
+        blocks = rows.reshape(h, len(rows) // h, rows.shape[1]).contiguous()
+        return OneToken(order, (m1, m2), blocks, right.contiguous(), full, gathers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """fp32 -> fp32; autocast must be off."""
+        gather_in, gather_out = self.gathers
+        if gather_in is not None:
+            x = x.index_select(0, gather_in)
+        y = self._a_first(x) if self.order == "a_first" else self._b_first(x)
+        return y if gather_out is None else y.index_select(0, gather_out)
+
+    # BLAS is fast with columns whose numbers lie side by side: X, and what follows it, is made transposed.
+
+    def _a_first(self, x: Tensor) -> Tensor:
+        m1, m2 = self.token
+        columns = x.view(1, m1) if m2 == 1 else x.view(m1, m2).t().contiguous()
+        y = torch.bmm(self.left, columns.t().expand(len(self.left), m1, m2))  # (h, n1*r/h, m2)
+        return torch.addmm(self.bias, y.view(len(self.bias), -1), self.right).view(-1)
+
+    def _b_first(self, x: Tensor) -> Tensor:
+        h, _, width = self.left.shape
+        columns = torch.mm(self.right, x.view(self.token).t()).view(-1, width)  # (n2, r*m1)
+        return torch.baddbmm(self.bias, self.left, columns.t().expand(h, width, -1)).view(-1)
+
+
+def _blocks(rows: Tensor) -> int:
+    """The most blocks of equally many rows that have at least `BLOCK` numbers each."""
+    return next(h for h in range(max(1, rows.numel() // BLOCK), 0, -1) if len(rows) % h == 0)

@@ -10,13 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from crash_lab import End, Publishing, forked
-from train_lab import SPECS, Lab
 
-from model.export import save_native
-from model.gpt2 import GPT2
 from pipeline.store.scratch import scratch_folder
 
 
@@ -77,12 +75,20 @@ def full_scratch(disk: Path) -> dict[str, object]:
 
 def save_model() -> None:
     """A model on its way to the store, 160 kB."""
+    from train_lab import SPECS
+
+    from model.export import save_native
+    from model.gpt2 import GPT2
+
     with scratch_folder() as folder:
         save_native(GPT2(SPECS["dense"]).init_weights(seed=1), folder)
 
 
 def full_training(disk: Path) -> dict[str, object]:
     """A run's disk fills up between two checkpoints."""
+    from train_lab import Lab
+
+    import_module("torch._inductor.config")  # training loads it, and here every fork would
     lab = Lab.build(disk.parent / "lab")
     request = lab.request(disk / "run", max_steps=20, checkpoint_every=5, log_every=5, val_every=20)
     quiet = lab.request(disk.parent / "quiet", max_steps=20, checkpoint_every=5, log_every=5, val_every=20)
@@ -107,9 +113,9 @@ def read_only(disk: Path) -> dict[str, object]:
     writer.prepare(root)
     mount(disk, "remount", "ro")
     found = {"read": told(lambda: writer.read(root)), "written": told(lambda: writer.write(root))}
-    for verb in ("report", "doctor"):
+    for verb, flags in (("report", ["--out", str(disk.parent / "out")]), ("doctor", ["--no-ray"])):
         words = [sys.executable, "-m", "jobs.cli", verb, "--store", f"{root}/store", "--tracking.uri", "off"]
-        words += ["--out", str(disk.parent / "out")] if verb == "report" else []
+        words += flags
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         found[verb] = {"code": done.returncode, "text": done.stdout + done.stderr}
     return found

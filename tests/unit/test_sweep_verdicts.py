@@ -1,11 +1,14 @@
 """Verdicts of early stopping: the same after a restart, and only on points that can be compared."""
 
 import itertools
+import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.config.schema import RayConfig
+from pipeline.errors import Interrupted
 from pipeline.store.location import Location
 from pipeline.sweep.campaign import Campaign
 from pipeline.sweep.job import Outcome, Told
@@ -88,3 +91,22 @@ def test_a_later_loss_does_not_stand_for_an_earlier_one(study, tmp_path):
     assert driver.asked == []
     driver.hear(3, 512, 3.1)
     assert driver.asked == [3]
+
+
+@pytest.mark.parametrize("statuses", [["PENDING"], ["TERMINATED", "PENDING"], ["RUNNING", "PENDING"]])
+def test_a_sweep_that_is_told_to_end_does_not_wait_for_trials_that_wait_for_machines(statuses: list[str]):
+    from pipeline.sweep.tuning import Ears
+
+    told: list[str] = []
+    nothing: Any = SimpleNamespace(ask_all=told.append)
+    campaign: Any = SimpleNamespace(is_stopping=False, running={"a": "job"})
+    ears = Ears(campaign, nothing, nothing, nothing, nothing, should_stop=lambda: True, silence_s=900.0)
+    ears._looked = -math.inf
+    trials = [SimpleNamespace(status=status, config={"job": SimpleNamespace(key="b")}) for status in statuses]
+    if "RUNNING" in statuses:  # it hears, saves and leaves
+        ears.on_step_begin(1, trials)
+    else:
+        with pytest.raises(Interrupted):
+            ears.on_step_begin(1, trials)
+    assert told == ["shutdown"]
+    assert ears.is_alone is ("RUNNING" not in statuses)

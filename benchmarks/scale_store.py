@@ -114,6 +114,8 @@ def study(store: Store, rows: int) -> int:
     for block in spec["blocks"]:
         block.update({name: {"kind": "low_rank", "rank": 8} for name in ("mlp_c_fc", "mlp_c_proj")})
     structure = json.dumps({"format": "krony-native", "version": 1, "model": spec}).encode()
+    dense = {"parameters": 124_439_808, "macs_per_token": 124_439_808}
+    scored(store, teacher, tokenizer, dense, worse=0.0, rng=np.random.default_rng(1))
     arms = max(1, rows // (SEEDS * len(PROTOCOLS)))
     shapes = itertools.cycle(itertools.product((32, 64, 128, 256, 384, 768), (64, 128, 512, 1536, 3072)))
     with Progress("study", arms, unit="arms") as progress:
@@ -165,6 +167,19 @@ def trained(
         )
     model = Identity("model", run.name, {}, {"run": run, "tokenizer": tokenizer})
     put(store, model, {"native/config.json": b"{}"}, sizes)
+    scored(store, model, tokenizer, sizes, worse=worse, rng=rng)
+
+
+def scored(
+    store: Store,
+    subject: Identity,
+    tokenizer: Identity,
+    sizes: Mapping[str, int],
+    *,
+    worse: float,
+    rng: np.random.Generator,
+) -> None:
+    """Scores of a model that is so many nats worse than the teacher, or of the teacher."""
     for protocol in map(get_protocol, PROTOCOLS):
         losses = pd.DataFrame({"index": range(UNITS), "tokens": np.full(UNITS, 1023)})
         shared = np.random.default_rng(3).normal(3.2, 0.25, UNITS)
@@ -177,7 +192,7 @@ def trained(
         sink = io.BytesIO()
         losses.to_parquet(sink, index=False)
         asked = {"protocol": protocol.id, "version": protocol.version, "text": "digest"}
-        name = f"{model.name}-{protocol.id.replace('/', '.').replace('@', '.')}"
+        name = f"{subject.name}-{protocol.id.replace('/', '.').replace('@', '.')}"
         loss = float(mean.mean())
         metrics = {
             "protocol": protocol.id, "metric": protocol.metric, "value": value, "loss": loss,
@@ -186,7 +201,7 @@ def trained(
             "windows": UNITS, "scored": UNITS * 1023, "n_embd": 768, "bits_per_byte": loss / 3,
             "unit": "passage" if protocol.metric == "accuracy" else "window", **sizes,
         }  # fmt: skip
-        inputs = {"model": model, "tokenizer": tokenizer}
+        inputs = {"model": subject, "tokenizer": tokenizer}
         put(store, Identity("scores", name, asked, inputs), {"losses.parquet": sink.getvalue()}, metrics)
 
 
@@ -197,7 +212,7 @@ def reporting(store: Store, folder: Path, rows: int) -> dict[str, float]:
     written = time.perf_counter() - begin
     report, first_s, opened = timed(lambda: write_report(store, folder / "one"))
     parquets = _opened["losses.parquet"]
-    assert len(report.frames.scores) == arms * SEEDS * len(PROTOCOLS)
+    assert len(report.frames.scores) == (arms * SEEDS + 1) * len(PROTOCOLS)
     return {
         "rows": len(report.frames.scores),
         "arms": arms,

@@ -150,6 +150,13 @@ def s3_lab() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def s3_port(s3_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of the one S3 server of a test run; put a network in front, and keep to a prefix of your own."""
+    with s3_lab.server(tmp_path_factory.mktemp("s3") / "moto.log") as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
 def sweep_lab() -> ModuleType:
     """A tiny study to sweep over, without Ray: the module `sweep_lab.py`."""
     return import_module("sweep_lab")

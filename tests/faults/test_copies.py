@@ -30,16 +30,11 @@ print(len(place.local("documents.bin", sha256=sys.argv[2]).read_bytes()), flush=
 
 
 @pytest.fixture(scope="module")
-def s3(s3_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    log = tmp_path_factory.mktemp("s3") / "moto.log"
-    with (
-        s3_lab.server(log) as port,
-        s3_lab.network(port) as net,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+def s3(s3_lab: Any, s3_port: int) -> Iterator[Any]:
+    with s3_lab.network(s3_port) as net, pytest.MonkeyPatch.context() as patch:
         for name, value in s3_lab.environment(net).items():
             patch.setenv(name, value)
-        Location.of("s3://lab").put_bytes("documents.bin", DATA)
+        Location.of("s3://lab/copies").put_bytes("documents.bin", DATA)
         yield net
 
 
@@ -47,7 +42,7 @@ def s3(s3_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """A process that has loaded what it needs and opens the file when it is sent a line."""
     cache = {"KRONY_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(PROJECT)}
-    words = [sys.executable, "-c", READER, "s3://lab", hashlib.sha256(DATA).hexdigest()]
+    words = [sys.executable, "-c", READER, "s3://lab/copies", hashlib.sha256(DATA).hexdigest()]
     running = []
 
     def begin() -> subprocess.Popen[str]:
@@ -123,7 +118,7 @@ def test_many_files_at_once_are_each_held_against_their_digest(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
 ) -> None:
     monkeypatch.setenv("KRONY_CACHE", str(tmp_path / "cache"))
-    store = Store("s3://lab/store" if remote else tmp_path / "store")
+    store = Store("s3://lab/copies/store" if remote else tmp_path / "store")
     names = [f"{number:02}.bin" for number in range(20)]
     with store.attempt(Identity("corpus", "words")) as attempt:
         for name in names:

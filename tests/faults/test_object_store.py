@@ -26,14 +26,9 @@ SAID = 7
 
 
 @pytest.fixture(scope="module")
-def s3(s3_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def s3(s3_lab: Any, s3_port: int) -> Iterator[Any]:
     """A network with a server behind it; clients lose their patience sooner than in life."""
-    log = tmp_path_factory.mktemp("s3") / "moto.log"
-    with (
-        s3_lab.server(log) as port,
-        s3_lab.network(port) as net,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with s3_lab.network(s3_port) as net, pytest.MonkeyPatch.context() as patch:
         for name, value in s3_lab.environment(net).items():
             patch.setenv(name, value)
         patch.setattr(objects, "SILENCE_S", 1.0)
@@ -288,38 +283,45 @@ def forks(s3: Any) -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", ["publishing", pytest.param("checkpointing", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("writer", "kind"),
+    [
+        ("publishing", "kill"),
+        pytest.param("publishing", "kill-after", marks=pytest.mark.nightly),
+        pytest.param("checkpointing", "kill", marks=pytest.mark.nightly),
+        pytest.param("checkpointing", "kill-after", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_kill_at_any_request_that_writes_leaves_what_was_there_or_what_was_meant(
-    bucket: str, s3: Any, s3_lab: Any, crash_lab: Any, forks: Callable[..., Any], writer: str
+    bucket: str, s3: Any, s3_lab: Any, crash_lab: Any, forks: Callable[..., Any], writer: str, kind: str
 ) -> None:
-    here = crash_lab.WRITERS[writer]()
-    killed: dict[str, list[str]] = {"kill": [], "kill-after": []}
-    for kind, left in killed.items():
-        for number in itertools.count():
-            root = f"{bucket}/{kind}-{number}"
-            here.prepare(root)
-            passed = itertools.count()
+    here, left = crash_lab.WRITERS[writer](), []
+    for number in itertools.count():
+        root = f"{bucket}/{number}"
+        here.prepare(root)
+        passed = itertools.count()
 
-            def hits(request: Any, number: int = number, passed: Iterator[int] = passed) -> bool:
-                return request.method in s3_lab.WRITES and next(passed) == number
+        def hits(request: Any, number: int = number, passed: Iterator[int] = passed) -> bool:
+            return request.method in s3_lab.WRITES and next(passed) == number
 
-            fault = s3_lab.Fault(kind, hits)
+        fault = s3_lab.Fault(kind, hits)
 
-            def born(pid: int, fault: Any = fault) -> None:
-                fault.victim = pid
-                s3.faults.append(fault)
+        def born(pid: int, fault: Any = fault) -> None:
+            fault.victim = pid
+            s3.faults.append(fault)
 
-            end = forks(writer, "write", root, born=born)
-            s3.faults.remove(fault)
-            left.append(here.read(root))
-            if not fault.done:
-                assert end["code"] == 0
-                break
-            assert end["code"] == -signal.SIGKILL
-            here.write(root)
-            assert here.read(root) == "new"
-    assert all(len(left) >= 5 and left[0] == "old" and left[-1] == "new" for left in killed.values())
-    assert {each for left in killed.values() for each in left} == {"old", "new"}
+        end = forks(writer, "write", root, born=born)
+        s3.faults.remove(fault)
+        left.append(here.read(root))
+        if not fault.done:
+            assert end["code"] == 0
+            break
+        assert end["code"] == -signal.SIGKILL
+        here.write(root)
+        assert here.read(root) == "new"
+    assert len(left) >= 5
+    assert (left[0], left[-1]) == ("old", "new")
+    assert set(left) == {"old", "new"}
 
 
 def test_ctrl_c_in_an_upload_leaves_a_whole_object(

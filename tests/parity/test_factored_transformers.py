@@ -108,6 +108,22 @@ def test_a_cache_changes_nothing(pair):
         step = torch.cat([step, following[:, None]], dim=1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["krony", "split", "kronecker-table", "thin-table", "untied"])
+def test_one_token_in_blocks_is_the_same_token(spec, toy, auto, tmp_path, monkeypatch):
+    model, theirs = _opened(toy(SPECS[spec]), auto, tmp_path)
+    code = sys.modules[type(theirs).__module__]
+    first = theirs(IDX[:1, :9], use_cache=True)
+    monkeypatch.setattr(code, "LARGE", 64)
+    assert code._blocks(torch.zeros(1, 1, 32), theirs.wpe.weight, at_most=8) == 8
+    out = theirs(IDX[:1, 9:10], past_key_values=first.past_key_values, use_cache=True)
+    assert (out.logits[:, 0] - model(IDX[:1, :10])[:, 9]).abs().max() <= 1e-5
+    for rows in (29, 31, 96, 131):  # 31 and 131 are prime: the large one has no blocks
+        matrix, row, column = torch.randn(rows, 40), torch.randn(1, 1, rows), torch.randn(1, 1, 40)
+        torch.testing.assert_close(code.times(row, matrix), row @ matrix)
+        torch.testing.assert_close(code.scores(column, matrix), column @ matrix.mT)
+
+
 @pytest.fixture
 def krony(toy, auto, tmp_path):
     return _opened(toy(SPECS["krony"]), auto, tmp_path)

@@ -95,7 +95,8 @@ class KroneckerLinear(StructuredLinear):
             return False
         if self.mode != "factored" and (self.mode != "auto" or self.share > MOST):
             return False
-        if self.left.dtype is not torch.float32 or self.left.device.type != "cpu":
+        left = self.left
+        if not left.is_cpu or left.dtype is not torch.float32:
             return False
         return not any(p.is_inference() for p in self._held())  # whose changes torch does not count
 

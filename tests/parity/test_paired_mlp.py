@@ -8,11 +8,17 @@ from torch.library import opcheck
 
 from model.config import GPT2Config, Kron, ModelSpec
 from model.gpt2 import GPT2
+from model.layers import choice
 from model.layers import narrow_mlp as op
 from model.layers.paired import paired
 from model.layers.structured import set_mode
 
 WIDTH, TOKENS = 24, 130
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_choose_as_large_ones(monkeypatch):
+    monkeypatch.setattr(choice, "LONG_SIDE", WIDTH)
 
 
 def block_of(*, q=4, terms=1, scales=False, gather=False, seed=0):

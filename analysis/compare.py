@@ -35,20 +35,23 @@ def compared(
     _group_by_size(rows)
     column = itemgetter("teacher", "measure")
     for _, members in groupby(sorted(rows, key=column), key=column):
-        cells = list(members)
-        arms: list[Arm] = []  # of one column at a time: its draws are large
-        arms = resampled([(row, read) for row in cells], problems, resamples=resamples)
-        for arm in arms:
-            if ends := own_interval(arm):
-                arm.row["low"], arm.row["high"] = ends
-        ranked = [row for row in cells if row["track"] in TRACKS and is_number(row["group"])]
-        contest = itemgetter("group", "track")
-        for _, rivals in groupby(sorted(ranked, key=contest), key=contest):
-            addresses = {row["address"] for row in rivals}
-            group = [arm for arm in arms if arm.row["address"] in addresses]
-            if len(group) == len(addresses):
-                _mark_best(group)
+        _judge(list(members), read, problems, resamples=resamples)
     return checked(rows, SCORES)
+
+
+def _judge(cells: Sequence[Row], read: Read, problems: list[str], *, resamples: int) -> None:
+    """One column: an interval for each cell, and the best of each contest; its draws are gone afterwards."""
+    arms = resampled([(row, read) for row in cells], problems, resamples=resamples)
+    for arm in arms:
+        if ends := own_interval(arm):
+            arm.row["low"], arm.row["high"] = ends
+    ranked = [row for row in cells if row["track"] in TRACKS and is_number(row["group"])]
+    contest = itemgetter("group", "track")
+    for _, rivals in groupby(sorted(ranked, key=contest), key=contest):
+        addresses = {row["address"] for row in rivals}
+        group = [arm for arm in arms if arm.row["address"] in addresses]
+        if len(group) == len(addresses):
+            _mark_best(group)
 
 
 def _group_by_size(rows: Sequence[Row]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from crash_lab import End, Publishing, forked
 
+from pipeline.store.location import Location
 from pipeline.store.scratch import scratch_folder
 
 
@@ -121,7 +122,21 @@ def read_only(disk: Path) -> dict[str, object]:
     return found
 
 
+def another_mount(disk: Path) -> dict[str, object]:
+    """A store on the disk of the temporary folder, mounted once more, as a volume of a container is."""
+    (disk.parent / "volume").mkdir()
+    disk.mkdir()
+    subprocess.run(["mount", "--bind", disk.parent / "volume", disk], check=True)
+    text = disk.parent / "text"
+    text.write_text("moved")
+    same = text.stat().st_dev == disk.stat().st_dev
+    moved = told(lambda: Location.of(disk).put_file("text", text, move=True))
+    found = {"same device": same, "moved": moved, "text": (disk / "text").read_text()}
+    return found | {"left": text.exists()}
+
+
 SCENES = {
+    "another_mount": another_mount,
     "full_store": full_store,
     "full_scratch": full_scratch,
     "full_training": full_training,

@@ -6,6 +6,7 @@ it, and then nothing else is ever read, wherever the damage came from. Nothing h
 """
 
 import builtins
+import errno
 import hashlib
 import itertools
 import os
@@ -54,6 +55,17 @@ def replacing(target: Path) -> Iterator[Path]:
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _renamed(source: Path, target: Path) -> bool:
+    """Rename; False between two mounts, which may be of one device: containers and bind mounts."""
+    try:
+        source.replace(target)
+    except OSError as err:
+        if err.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
 
 def checked_key(key: str) -> str:
@@ -139,9 +151,7 @@ class Location:
                     self._upload(key, file.read_buffer())
             else:
                 with replacing(self._path(key)) as scratch:
-                    if move and source.stat().st_dev == scratch.parent.stat().st_dev:
-                        source.replace(scratch)
-                    else:
+                    if not (move and _renamed(source, scratch)):
                         shutil.copyfile(source, scratch)
             if move:
                 source.unlink(missing_ok=True)

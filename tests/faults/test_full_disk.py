@@ -91,3 +91,10 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(scene:
     assert "Read-only file system" not in found["report"]["text"]
     assert found["doctor"]["code"] == 3
     assert "Read-only file system" in found["doctor"]["text"]
+
+
+def test_a_file_moves_to_another_mount_of_its_disk(scene: Any) -> None:
+    found = scene("another_mount")
+    assert found["same device"]
+    assert found["moved"]["code"] == 0, found["moved"]["text"]
+    assert (found["text"], found["left"]) == ("moved", False)

@@ -151,7 +151,9 @@ class Location:
                     self._upload(key, file.read_buffer())
             else:
                 with replacing(self._path(key)) as scratch:
-                    if not (move and _renamed(source, scratch)):
+                    if move and _renamed(source, scratch):
+                        move = False  # done; a file may be moved to where it is
+                    else:
                         shutil.copyfile(source, scratch)
             if move:
                 source.unlink(missing_ok=True)

@@ -198,3 +198,10 @@ def test_addresses_follow_from_identity_alone() -> None:
         "tokens", "words-bpe", {"split": "hash"}, {"corpus": Identity("corpus", "words", {"source": "x"})}
     )
     assert len({TOKENS.address, other.address, newer.address, deeper.address}) == 4
+
+
+def test_a_file_may_be_moved_to_where_it_is(tmp_path):
+    (tmp_path / "file").write_text("whole")
+    Location.of(tmp_path).put_file("file", tmp_path / "file", move=True)
+    assert (tmp_path / "file").read_text() == "whole"
+    assert Location.of(tmp_path).list() == ["file"]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline import stages
 from pipeline.config.schema import RunConfig
@@ -94,8 +94,8 @@ class Told:
     beats: int
     """Signs of life so far."""
 
-    group: Any = None
-    """The placement group of its workers, where it has some."""
+    leader: bytes = b""
+    """The id of the actor that leads its workers, where it has some."""
 
 
 class Channel:
@@ -108,7 +108,7 @@ class Channel:
         self._rows: list[Row] = []
         self._stage, self._beats = "start", 0
         self._why: Why = ""
-        self._group: Any = None
+        self._leader = b""
         self._is_waiting = self._has_ended = False
 
     # --- the thread that trains -----------------------------------------------------------------------------
@@ -129,10 +129,10 @@ class Channel:
         with self._changed:
             self._stage, self._beats = stage, self._beats + 1
 
-    def join(self, group: Any) -> None:
-        """The workers of this trial run, in this placement group."""
+    def join(self, leader: bytes) -> None:
+        """The workers of this trial are led by the actor of this id."""
         with self._changed:
-            self._group, self._beats = group, self._beats + 1
+            self._leader, self._beats = leader, self._beats + 1
 
     def leave(self) -> None:
         """Nothing more will be told."""
@@ -164,7 +164,7 @@ class Channel:
                 self._is_waiting = False
                 self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_waiting or self._has_ended, timeout_s)
-            told = Told(self._stage, tuple(self._rows), self._beats, self._group)
+            told = Told(self._stage, tuple(self._rows), self._beats, self._leader)
             self._rows = []
         return told
 

@@ -54,6 +54,7 @@ from ray.tune.search import Searcher  # noqa: E402
 from ray.util.placement_group import remove_placement_group  # noqa: E402
 
 from pipeline.sweep.trial import BoardClerk, Trial  # noqa: E402
+from pipeline.train.group import groups_of  # noqa: E402
 
 WATCH_S = 1.0
 """Seconds between two looks of the watch."""
@@ -212,7 +213,7 @@ class Ears(tune.Callback):  # type: ignore[misc]
         self._should_stop, self._silence_s = should_stop, silence_s
         self._signs: dict[str, Sign] = {}
         self._silent: set[str] = set()
-        self._groups: dict[str, Any] = {}
+        self._leaders: dict[str, bytes] = {}
         self._looked = self._heard_at = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -227,8 +228,8 @@ class Ears(tune.Callback):  # type: ignore[misc]
         """A trial spoke, perhaps for the last time."""
         job, told, outcome = trial.config["job"], result["told"], result["outcome"]
         self._note_sign(job.key, told, result["cpu_s"])
-        if told.group is not None:
-            self._groups[job.key] = told.group
+        if told.leader:
+            self._leaders[job.key] = told.leader
         with self._guarded():
             self._campaign.note_validations(job.key, told.rows)
             self._window.rows(job.key, told.rows)
@@ -246,8 +247,9 @@ class Ears(tune.Callback):  # type: ignore[misc]
         if key in self._silent:
             self._silent.discard(key)
             reason = f"no sign of life for {self._silence_s:,.0f} s (sweep.silence_s)"
-        if (group := self._groups.pop(key, None)) is not None:
-            remove_placement_group(group)  # Ray frees it by itself only where a dashboard runs
+        if leader := self._leaders.pop(key, b""):
+            for group in groups_of(leader):  # Ray frees them itself only with a dashboard
+                remove_placement_group(group)
         with self._guarded():
             self._campaign.crashed(key, reason, is_final=is_bug)
             self._over(key, None)
@@ -291,7 +293,7 @@ class Ears(tune.Callback):  # type: ignore[misc]
 
     def _over(self, key: str, outcome: Any) -> None:
         self._signs.pop(key, None)
-        self._groups.pop(key, None)
+        self._leaders.pop(key, None)
         self._board.forget(key)
         entry = self._campaign.book.entries[key]
         self._window.end(entry, outcome, step=entry.tokens)

@@ -54,16 +54,16 @@ def fit(
     *,
     on_log: OnLog,
     should_stop: ShouldStop,
-    on_group: Callable[[Any], None] | None = None,
+    on_group: Callable[[bytes], None] | None = None,
     on_queue: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Train on `config.workers` workers, or continue; `on_log` and `should_stop` are called in this process.
 
-    `on_group` gets the placement group of the workers, for whoever must free it if this process is killed;
-    `on_queue` is called again and again while workers wait for their place. Raises PreflightError if the
-    cluster cannot hold the workers, Interrupted if asked to stop while none trains, TrainError if the group
-    is lost more often than `config.max_failures`, and whatever KronyError a worker raised. No worker goes on
-    after an error of this process.
+    `on_group` gets the id of the actor that leads the workers, for whoever must free their place
+    (`pipeline.train.group.groups_of`) if this process is killed; `on_queue` is called again and again while
+    workers wait for their place. Raises PreflightError if the cluster cannot hold the workers, Interrupted if
+    asked to stop while none trains, TrainError if the group is lost more often than `config.max_failures`,
+    and whatever KronyError a worker raised. No worker goes on after an error of this process.
     """
     device = "" if config.gpus_per_worker else request.train.device
     if device == "cuda":
@@ -192,11 +192,11 @@ def _drive(
     relay: Relay,
     should_stop: ShouldStop,
     *,
-    on_group: Callable[[Any], None] | None,
+    on_group: Callable[[bytes], None] | None,
     on_queue: Callable[[], None],
 ) -> FitResult:
     """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
-    from pipeline.train.group import Grip
+    from pipeline.train.group import Grip, id_of
 
     pool, grip = ThreadPool(2), Grip()
     asked, leaves = False, False
@@ -208,8 +208,8 @@ def _drive(
                 ray.get(line.ask_stop.remote())
                 asked = True
             told = _pump(ray, line, relay, grip)
-            if on_group and told.group is not None:
-                on_group(told.group)
+            if on_group and told.leader is not None:
+                on_group(id_of(told.leader))
             if told.waits and not running.ready():
                 on_queue()
                 if asked:  # nobody is there who could hear it
@@ -304,7 +304,7 @@ def _work(request: FitRequest, line: Any, *, gpu: bool) -> FitResult | None:
     try:
         topology = joined(_device(request, gpu=gpu))
         if topology.is_main:
-            ray.get(line.join.remote(ray.util.get_current_placement_group()))
+            ray.get(line.join.remote())
         return run(request, topology, _hooks(line, is_main=topology.is_main))
     except PeerLost:
         if ray.get(line.failure.remote()) is None:

@@ -5,11 +5,12 @@ line each time what it turns to, and who it is; whoever must not wait any longer
 placement group that it leaves behind. Imported only after `pipeline.cluster.connect`.
 """
 
-from collections.abc import Callable
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
 import ray
+from ray._private.state import state as tables
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
@@ -17,7 +18,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     SchedulingState,
 )
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.train.line import Told
 
@@ -53,13 +54,11 @@ class Grip:
     def __init__(self) -> None:
         """Nothing is known yet."""
         self._leader: Any = None
-        self._group: Any = None
         self._waits = True
 
     def note(self, told: Told) -> None:
         """Keep what the line told last."""
         self._leader = told.leader or self._leader
-        self._group = told.group or self._group
         self._waits = told.waits
 
     def end(self, running: "AsyncResult[Any]", *, pool: ThreadPool, leaves: bool) -> None:
@@ -71,10 +70,25 @@ class Grip:
             running.wait(FREE_S)
 
     def _free(self) -> None:
-        steps: list[tuple[Callable[[Any], None], Any]] = [
-            (ray.kill, self._leader),  # the workers are its own and end with it
-            (remove_placement_group, self._group),  # Ray frees it by itself only where a dashboard runs
-        ]
-        for step, what in steps:
-            if what is not None:
-                step(what)
+        if self._leader is not None:
+            ray.kill(self._leader)  # its workers end with it
+            for group in groups_of(id_of(self._leader)):
+                remove_placement_group(group)
+
+
+def id_of(actor: Any) -> bytes:
+    """The id of an actor; who keeps that does not keep the actor."""
+    return bytes(actor._actor_id.binary())  # noqa: SLF001
+
+
+def groups_of(actor_id: bytes) -> list[PlacementGroup]:
+    """The placement groups that an actor made and that are there, those that wait for their place too.
+
+    Ray frees them by itself only where a dashboard runs, and its public table does not say who made which.
+    """
+    rows = tables._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001
+    return [
+        PlacementGroup(ray.PlacementGroupID(each.placement_group_id))
+        for each in map(PlacementGroupTableData.FromString, rows)
+        if each.creator_actor_id == actor_id and each.state != PlacementGroupTableData.REMOVED
+    ]

@@ -17,8 +17,6 @@ class Told(NamedTuple):
     rows: list[Row]
     notes: list[str]
     failure: KronyError | None
-    group: Any = None
-    """The placement group that the workers run in, each time they start."""
     leader: Any = None
     """Ray Train's controller, once."""
     waits: bool = False
@@ -34,7 +32,6 @@ class Line:
         self._notes: list[str] = []
         self._stop = False
         self._error: KronyError | None = None
-        self._group: Any = None
         self._leader: Any = None
         self._waits = True
 
@@ -46,9 +43,9 @@ class Line:
         """The controller waits for the place of a group, or not any more."""
         self._waits = waits
 
-    def join(self, group: Any) -> None:
-        """The workers run, in this placement group."""
-        self._group, self._waits = group, False
+    def join(self) -> None:
+        """The workers run."""
+        self._waits = False
 
     def push(self, rows: Sequence[Row]) -> None:
         """A worker tells rows."""
@@ -60,8 +57,8 @@ class Line:
 
     def listen(self) -> Told:
         """The driver takes what came in."""
-        told = Told(self._rows, self._notes, self._error, self._group, self._leader, self._waits)
-        self._rows, self._notes, self._group, self._leader = [], [], None, None
+        told = Told(self._rows, self._notes, self._error, self._leader, self._waits)
+        self._rows, self._notes, self._leader = [], [], None
         return told
 
     def ask_stop(self) -> None:

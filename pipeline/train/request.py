@@ -5,7 +5,6 @@ Loads no torch, so that a driver can build a request and hand it to a worker gro
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.config.training import TrainConfig
 from pipeline.store.location import Location
@@ -32,8 +31,8 @@ class Driver:
     validate_at: tuple[int, ...] = ()
     """Steps that are validated beside those of `train.val_every`."""
 
-    on_group: Callable[[Any], None] | None = None
-    """Gets the placement group of a training on several workers."""
+    on_group: Callable[[bytes], None] | None = None
+    """Gets the id of the actor that leads a training on several workers."""
 
     on_wait: Callable[[], None] = lambda: None
     """Called again and again while another process is at work on the same run."""

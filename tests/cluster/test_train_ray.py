@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import RayConfig
-from pipeline.errors import DataError, PreflightError
+from pipeline.errors import DataError, Interrupted, PreflightError
 from pipeline.train.distributed import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -130,3 +130,62 @@ def test_an_error_in_a_worker_is_one_line_in_the_driver(ray_local, lab, tmp_path
     with pytest.raises(DataError, match=r"train-00009\.bin is missing") as caught:
         on_two_workers(replace(request, shards=("train-00009.bin",)))
     assert "\n" not in str(caught.value)
+
+
+def assert_all_given_back(ray) -> None:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        if not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"held: {groups}, free {ray.available_resources()}")
+
+
+@pytest.mark.nightly
+def test_no_worker_outlives_an_error_of_its_driver(ray_local, lab, tmp_path):
+    endless = lab.request(tmp_path / "run" / "unheard-12345678" / "1", **TRAIN | {"max_steps": 10_000})
+
+    def full(row) -> None:
+        if row["step"] > 5:
+            raise DataError("the history cannot be written")
+
+    with pytest.raises(DataError, match="the history cannot be written"):
+        on_two_workers(endless, watch=full)
+    assert_all_given_back(ray_local)
+    assert not train_workers()
+    steps: list[int] = []
+    continued, _ = on_two_workers(
+        endless, watch=lambda row: steps.append(row["step"]), should_stop=lambda: len(steps) > 3
+    )
+    assert continued.resumed_from > 5  # they saved before they left
+
+
+@pytest.mark.nightly
+def test_a_stop_is_answered_while_the_workers_wait_for_their_place(ray_local, lab, tmp_path):
+    request = lab.request(tmp_path / "run" / "waits-12345678" / "1", **TRAIN | {"max_steps": 10_000})
+    seats: list = []
+    asked: list[float] = []
+
+    @ray_local.remote(num_cpus=1)
+    class Guest:
+        def ready(self) -> bool:
+            return True
+
+    def take_a_seat(row) -> None:
+        if row["step"] > 5 and not seats:
+            seats.extend([guest := Guest.remote(), guest.ready.remote()])  # it gets what is free next
+            train_workers()[-1].send_signal(signal.SIGKILL)
+
+    def should_stop() -> bool:
+        if len(seats) > 1 and not asked and ray_local.wait([seats[1]], timeout=0)[0]:
+            asked.append(time.monotonic() + 3.0)
+        return bool(asked) and time.monotonic() > asked[0]
+
+    try:
+        with pytest.raises(Interrupted, match="waited for their place"):
+            on_two_workers(request, watch=take_a_seat, should_stop=should_stop)
+        assert time.monotonic() - asked[0] < 15
+    finally:
+        ray_local.kill(seats[0])
+    assert_all_given_back(ray_local)

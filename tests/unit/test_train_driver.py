@@ -62,6 +62,8 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
     made = Group()
     made.line.lead("controller")
     monkeypatch.setattr(ray, "kill", made.kill)
+    monkeypatch.setattr(module, "id_of", lambda actor: f"the {actor}".encode())
+    monkeypatch.setattr(module, "groups_of", lambda actor_id: [f"place of {actor_id.decode()}"])
     monkeypatch.setattr(module, "remove_placement_group", made.freed.append)
     monkeypatch.setattr(module, "LEAVE_S", 0.5)
     yield made
@@ -90,7 +92,7 @@ def test_a_gpu_that_nobody_asks_ray_for_is_refused_before_anything_starts():
 
 
 def test_workers_of_a_driver_that_cannot_go_on_are_asked_to_leave(group: Group):
-    group.line.join("workers")
+    group.line.join()
     with pytest.raises(DataError, match="history"):
         drive(group, relay=SimpleNamespace(rows=broken))
     assert group.ended.is_set()
@@ -100,26 +102,26 @@ def test_workers_of_a_driver_that_cannot_go_on_are_asked_to_leave(group: Group):
 
 def test_those_that_do_not_leave_are_ended_and_their_place_is_freed(group: Group):
     group.hears = False
-    group.line.join("workers")
+    group.line.join()
     with pytest.raises(DataError, match="history"):
         drive(group, relay=SimpleNamespace(rows=broken))
     assert group.killed.is_set()
-    assert group.freed == ["workers"]
+    assert group.freed == ["place of the controller"]
 
 
 def test_a_line_that_is_lost_ends_them_at_once(group: Group):
     def lost(rows: Any) -> None:
         raise LostError("the actor died")
 
-    group.line.join("workers")
+    group.line.join()
     with pytest.raises(TrainError, match="connection to Ray was lost"):
         drive(group, relay=SimpleNamespace(rows=lost))
-    assert group.freed == ["workers"]
+    assert group.freed == ["place of the controller"]
 
 
 def test_who_is_told_to_end_does_not_wait_for_machines(group: Group):
     began, signs = time.monotonic(), list[float]()
-    group.line.join("workers")
+    group.line.join()
     group.line.place(waits=True)  # they were lost
     with pytest.raises(Interrupted, match="waited for their place"):
         drive(
@@ -132,7 +134,7 @@ def test_who_is_told_to_end_does_not_wait_for_machines(group: Group):
 
 
 def test_workers_that_train_hear_it_and_give_no_sign_of_waiting(group: Group):
-    group.line.join("workers")
+    group.line.join()
     result = drive(group, should_stop=lambda: True, on_queue=lambda: pytest.fail("nobody waits"))
     assert (result.step, result.stopped) == (7, True)
     assert not group.killed.is_set()

@@ -1,8 +1,8 @@
 """Ray: join a cluster, or start a private local one, with the switches that our versions need.
 
 Everything that must be set before `import ray` is set here and nowhere else. A local Ray is private to this
-process: own temp dir, no dashboard, token auth with a token of its own, shut down at the end; Ray itself lets
-its ports listen on all interfaces (SECURITY.md). Joining never starts anything.
+process: own temp dir, no dashboard, ports on loopback alone, token auth with a token of its own whatever the
+environment says, shut down at the end. Joining never starts anything.
 """
 
 import atexit
@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil  # type: ignore[import-untyped]
 
 from pipeline.config.schema import RayConfig
 from pipeline.errors import PreflightError
@@ -39,6 +41,7 @@ SWITCHES: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 START_ATTEMPTS = 3
+LOOPBACK = "127.0.0.1"
 
 WORKER_ENV = ("HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "KRONY_CACHE", "KRONY_COMMIT", "AWS_ENDPOINT_URL")
 """Variables of the driver that workers must see too, if they are set."""
@@ -149,7 +152,9 @@ def _own_token() -> str:
 def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator[ModuleType]":
     # Socket paths below this folder must stay under 107 characters, so it lies directly in the temp dir.
     temp = Path(tempfile.mkdtemp(prefix="kr-", dir=os.environ.get("RAY_TMPDIR")))
-    saved = {name: os.environ.get(name) for name in ("RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "PYTHONPATH")}
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "PYTHONPATH")
+    saved = {name: os.environ.get(name) for name in names}
+    _ask_for_tokens()
     if not os.environ.get("RAY_AUTH_TOKEN") and not saved["RAY_AUTH_TOKEN_PATH"]:
         token = temp / "token"
         token.touch(mode=0o600)
@@ -175,18 +180,53 @@ def _local(ray: "ModuleType", num_cpus: int | None, *, quiet: bool) -> "Iterator
         with _open(ray):
             yield ray
     finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _restore(saved)
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _ask_for_tokens() -> None:
+    """Token auth also where it is switched off, for another cluster; Ray read that when it was imported."""
+    from ray._private.authentication.authentication_token_setup import _enable_token_auth
+
+    _enable_token_auth()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray that starts inside takes 127.0.0.1 for the address of its node, and its ports listen there alone.
+
+    It does so by itself on macOS, by a switch that says whether there may be a cluster of several machines.
+    Ranks of a training meet over gloo, which would listen where the name of this host leads.
+    """
+    from ray._private import ray_constants
+
+    found = {name: [each.address for each in several] for name, several in psutil.net_if_addrs().items()}
+    interface = next((name for name, addresses in found.items() if LOOPBACK in addresses), "")
+    switches = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    if interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+        switches["GLOO_SOCKET_IFNAME"] = interface
+    saved = {name: os.environ.get(name) for name in switches}
+    read, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(switches)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = read
+        _restore(saved)
+
+
+def _restore(saved: Mapping[str, str | None]) -> None:
+    for name, value in saved.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _started(ray: "ModuleType", temp: Path, num_cpus: int | None) -> bool:
     """Start a local Ray; False if it was too slow for the 30 seconds that Ray itself allows its raylet."""
     try:
-        with _own_signals():
+        with _own_signals(), _on_loopback():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,

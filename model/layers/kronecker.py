@@ -16,7 +16,7 @@ from model.algebra.kron import kron_apply, kron_sum
 from model.algebra.shapes import KronShape, Order
 from model.config import Kron
 from model.layers.choice import Way, kronecker_cost
-from model.layers.one_token import MOST, OneToken, through
+from model.layers.one_token import MOST, OneToken, is_inference, is_one_token, through
 from model.layers.structured import ParameterTag, StructuredLinear, normal_
 
 
@@ -39,7 +39,7 @@ class KroneckerLinear(StructuredLinear):
         self.left = nn.Parameter(torch.zeros(matrix.terms, matrix.m1, matrix.n1))
         self.right = nn.Parameter(torch.zeros(matrix.terms, matrix.m2, matrix.n2))
         self.scales = nn.Parameter(torch.ones(matrix.terms)) if matrix.scales else None
-        self._one_token: tuple[tuple[object, ...], OneToken] | None = None
+        self._prepared: tuple[tuple[object, ...], str, OneToken] | None = None
         self.register_buffer("gather_in", torch.arange(n_in) if matrix.gather_in else None)
         self.register_buffer("gather_out", torch.arange(n_out) if matrix.gather_out else None)
 
@@ -68,44 +68,36 @@ class KroneckerLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out)."""
-        if x.numel() == self.n_in and (alone := self.for_one_token(x)):
-            return through((alone,), x).view(*x.shape[:-1], self.n_out)
+        if is_one_token(x, width=self.n_in) and (alone := self.for_one_token()):
+            return through((alone,), x, width=self.n_out)
         return super().forward(x)
 
     def resolve_mode(self, tokens: int) -> Way:
         """What `forward` does with so many tokens, here and now."""
-        if tokens == 1 and self._may_prepare():
+        if tokens == 1 and is_inference(self.left) and self.for_one_token():
             return "factored"
         return super().resolve_mode(tokens)
 
-    def for_one_token(self, x: Tensor) -> OneToken | None:
+    def for_one_token(self) -> OneToken | None:
         """The factors as one token wants them, where they may stand for the parameters and are fast."""
-        half = torch.is_autocast_enabled("cpu") and x.dtype is torch.get_autocast_dtype("cpu")
-        if not (half or x.dtype is torch.float32) or not self._may_prepare():
+        if self.training or (self.mode != "factored" and (self.mode != "auto" or self.share > MOST)):
             return None
-        key = (self.order, *self._state())
-        if self._one_token is None or self._one_token[0] != key:
-            gathers = (self.gather_in, self.gather_out)
-            one = OneToken.of(self.factors(), self.full_bias(), order=self._taken_order(), gathers=gathers)
-            self._one_token = (key, one)
-        return self._one_token[1]
-
-    def _may_prepare(self) -> bool:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        if self.mode != "factored" and (self.mode != "auto" or self.share > MOST):
-            return False
-        left = self.left
-        if not left.is_cpu or left.dtype is not torch.float32:
-            return False
-        return not any(p.is_inference() for p in self._held())  # whose changes torch does not count
+        state, prepared = self._state(), self._prepared
+        if prepared is not None and prepared[0] == state and prepared[1] == self.order:
+            return prepared[2]
+        if state is None or self.left.dtype is not torch.float32:
+            return None
+        gathers = (self.gather_in, self.gather_out)
+        one = OneToken.of(self.factors(), self.full_bias(), order=self._taken_order(), gathers=gathers)
+        self._prepared = (state, self.order, one)
+        return one
 
     def _taken_order(self) -> Order:
         return self.shape.cheaper_order if self.order == "auto" else self.order
 
     def train(self, mode: bool = True) -> "KroneckerLinear":  # noqa: FBT001, FBT002 - torch's signature
         """As in torch; what was prepared is dropped."""
-        self._one_token = None
+        self._prepared = None
         super().train(mode)
         return self
 

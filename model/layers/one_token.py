@@ -27,21 +27,38 @@ MOST = 1.0
 """Share of the dense multiply-accumulates from which a kept W is faster."""
 
 
-def through(steps: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
-    """One token (..., C) through steps that take and give flat fp32 vectors: (n,), of the type asked for."""
+def is_inference(tensor: Tensor) -> bool:
+    """Whether nothing is differentiated or compiled here, on a CPU."""
+    return tensor.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def is_one_token(x: Tensor, *, width: int) -> bool:
+    """Whether x (..., width) is a single token of inference, of a type that may be computed in fp32."""
+    if x.numel() != width or not is_inference(x):
+        return False
+    return x.dtype is torch.float32 or (
+        torch.is_autocast_enabled("cpu") and x.dtype is torch.get_autocast_dtype("cpu")
+    )
+
+
+def through(steps: tuple[Callable[[Tensor], Tensor], ...], x: Tensor, *, width: int) -> Tensor:
+    """One token (..., C) through steps whose order of numbers counts, not their shape: (..., width).
+
+    The steps get fp32 and no autocast; the result is of the type that was asked for.
+    """
+    y = x.float().contiguous()  # a slice of one row may be strided
     half = torch.is_autocast_enabled("cpu")
-    y = x.reshape(-1).float()
-    if not half:
-        for step in steps:
-            y = step(y)
-        return y
-    torch.set_autocast_enabled("cpu", False)
+    if half:
+        torch.set_autocast_enabled("cpu", False)
     try:
         for step in steps:
             y = step(y)
     finally:
-        torch.set_autocast_enabled("cpu", True)
-    return y.to(torch.get_autocast_dtype("cpu"))
+        if half:
+            torch.set_autocast_enabled("cpu", True)
+    if half:
+        y = y.to(torch.get_autocast_dtype("cpu"))
+    return y.view(*x.shape[:-1], width)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,25 +108,29 @@ class OneToken:
         return OneToken(order, (m1, m2), blocks, right.contiguous(), full, gathers)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """fp32 -> fp32; autocast must be off."""
+        """fp32 -> fp32, contiguous, of any shape; autocast must be off."""
         gather_in, gather_out = self.gathers
         if gather_in is not None:
-            x = x.index_select(0, gather_in)
+            x = x.view(-1).index_select(0, gather_in)
         y = self._a_first(x) if self.order == "a_first" else self._b_first(x)
-        return y if gather_out is None else y.index_select(0, gather_out)
+        return y if gather_out is None else y.view(-1).index_select(0, gather_out)
 
     # BLAS is fast with columns whose numbers lie side by side: X, and what follows it, is made transposed.
+    # One `as_strided` is a view, a transposition and a repetition for every block at once.
 
     def _a_first(self, x: Tensor) -> Tensor:
         m1, m2 = self.token
-        columns = x.view(1, m1) if m2 == 1 else x.view(m1, m2).t().contiguous()
-        y = torch.bmm(self.left, columns.t().expand(len(self.left), m1, m2))  # (h, n1*r/h, m2)
-        return torch.addmm(self.bias, y.view(len(self.bias), -1), self.right).view(-1)
+        if m2 > 1:
+            x = x.as_strided((m2, m1), (1, m2)).contiguous()
+        y = torch.bmm(self.left, x.as_strided((len(self.left), m1, m2), (0, 1, m1)))  # (h, n1*r/h, m2)
+        return torch.addmm(self.bias, y.view(len(self.bias), -1), self.right)
 
     def _b_first(self, x: Tensor) -> Tensor:
+        m1, m2 = self.token
         h, _, width = self.left.shape
-        columns = torch.mm(self.right, x.view(self.token).t()).view(-1, width)  # (n2, r*m1)
-        return torch.baddbmm(self.bias, self.left, columns.t().expand(h, width, -1)).view(-1)
+        y = torch.mm(self.right, x.as_strided((m2, m1), (1, m2)))  # (n2*r, m1)
+        columns = y.as_strided((h, width, self.bias.shape[2]), (0, 1, width))
+        return torch.baddbmm(self.bias, self.left, columns)
 
 
 def _blocks(rows: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.layers.kronecker import KroneckerLinear
 from model.layers.narrow_mlp import narrow_mlp
-from model.layers.one_token import through
+from model.layers.one_token import is_one_token, through
 from model.layers.structured import StructuredLinear
 
 FEWEST_TOKENS = 64
@@ -62,10 +62,12 @@ def paired(up: StructuredLinear, down: StructuredLinear, x: Tensor, *, gelu: str
 
 def _one_token(up: KroneckerLinear, down: KroneckerLinear, x: Tensor, *, gelu: str) -> Tensor | None:
     """The whole MLP in five operators and no conversions but at its ends, where both layers are prepared."""
-    first, last = up.for_one_token(x), down.for_one_token(x)
-    if first is None or last is None or _is_heard(up) or _is_heard(down):
+    if not is_one_token(x, width=up.n_in) or _is_heard(up) or _is_heard(down):
         return None
-    return through((first, partial(F.gelu, approximate=gelu), last), x).view(*x.shape[:-1], down.n_out)
+    first, last = up.for_one_token(), down.for_one_token()
+    if first is None or last is None:
+        return None
+    return through((first, partial(F.gelu, approximate=gelu), last), x, width=down.n_out)
 
 
 def _is_narrow(up: KroneckerLinear, down: KroneckerLinear) -> bool:

@@ -114,17 +114,21 @@ class StructuredLinear(Tagged, ABC):
     def _cached_weight(self) -> Tensor:
         """W, formed anew only if a factor has changed since."""
         half = torch.is_autocast_enabled(next(self.parameters()).device.type)  # W may be formed in bf16 then
-        key = (half, self._state())
-        if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self.weight_matrix().detach())
-        return self._cached[1]
+        key, kept = (half, self._state()), self._cached
+        if kept is None or kept[0] != key or key[1] is None:
+            kept = self._cached = (key, self.weight_matrix().detach())
+        return kept[1]
 
-    def _state(self) -> tuple[object, ...]:
-        """Differs after every change of a parameter or buffer that torch counts."""
-        return tuple([(p.data_ptr(), p._version, p.dtype, p.device) for p in self._held()])  # noqa: SLF001
-
-    def _held(self) -> list[Tensor]:
-        return [p for p in (*self._parameters.values(), *self._buffers.values()) if p is not None]
+    def _state(self) -> tuple[object, ...] | None:
+        """Differs after every change of a parameter or buffer; None if torch does not count their changes."""
+        state: list[object] = []
+        for held in (self._parameters, self._buffers):
+            for tensor in held.values():
+                if tensor is not None:
+                    if tensor.is_inference():  # made in inference mode
+                        return None
+                    state += (tensor.data_ptr(), tensor._version, tensor.dtype)  # noqa: SLF001
+        return tuple(state)
 
     def train(self, mode: bool = True) -> "StructuredLinear":  # noqa: FBT001, FBT002 - torch's signature
         """As in torch; a kept W is dropped."""

@@ -277,12 +277,15 @@ class Ears(tune.Callback):  # type: ignore[misc]
         elif now - self._heard_at > LOST_S and not any(node["Alive"] for node in ray.nodes()):
             self.failure = TrainError("Ray lost its last node; the same command goes on")
             raise self.failure
-        elif now - self._heard_at > max(self._silence_s, _start_s()) and self.failure is None:
+        elif now - self._heard_at > max(self._silence_s, START_S) and self._is_overdue(now):
             self.failure = PreflightError(
                 f"no trial could start for {now - self._heard_at:,.0f} s: what one holds "
                 f"({trial_resources(self._campaign.ray)}) is not free"
             )
             raise self.failure
+
+    def _is_overdue(self, now: float) -> bool:
+        return self.failure is None and (now - self._heard_at > GROW_S or not can_grow(ray))
 
     def _note_sign(self, key: str, told: Told, cpu_s: float) -> None:
         # While training only new rows count; other stages tell nothing, but they use the processor.
@@ -371,10 +374,6 @@ def run_jobs(
             ray.kill(board.handle)
     if ears.failure is not None:
         raise ears.failure
-
-
-def _start_s() -> float:
-    return GROW_S if can_grow(ray) else START_S
 
 
 def _find_ray_error(err: BaseException | None) -> ray.exceptions.RayError | None:

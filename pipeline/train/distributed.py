@@ -9,7 +9,7 @@ ranks leave without a restart, and the driver raises it as the one line that it 
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from pipeline.interrupt import abandon
 from pipeline.progress import say
 from pipeline.room import GROW_S, can_grow, require_resources
 from pipeline.store.location import Location
+from pipeline.train.blame import blame, first_line
 from pipeline.train.line import Line, Told
 from pipeline.train.loop import Hooks, run
 from pipeline.train.network import choose_network
@@ -218,7 +219,7 @@ def _drive(
             raise failure
         return _answer(running.get)
     except ray.exceptions.RayError as err:
-        raise TrainError(f"the connection to Ray was lost ({_first_line(err)}); {CONTINUES}") from err
+        raise TrainError(f"the connection to Ray was lost ({first_line(err)}); {CONTINUES}") from err
     except Exception:  # this process cannot go on, as where its history cannot be written
         line.ask_stop.remote()
         leaves = True
@@ -238,11 +239,11 @@ def _answer(result: Callable[[], Any]) -> FitResult:
         answer = result().return_value
     except ControllerError as err:
         raise PreflightError(
-            f"Ray could not start the workers ({_first_line(err.controller_failure)}); "
+            f"Ray could not start the workers ({first_line(err.controller_failure)}); "
             "`krony doctor` shows what is free"
         ) from err
     except TrainingFailedError as err:
-        raise TrainError(f"{_blame(err)}; restarts are used up (ray.max_failures): {CONTINUES}") from err
+        raise TrainError(f"{blame(err)}; restarts are used up (ray.max_failures): {CONTINUES}") from err
     assert isinstance(answer, FitResult), answer
     return answer
 
@@ -254,22 +255,6 @@ def _pump(ray: "ModuleType", line: Any, relay: Relay, grip: "Grip") -> Told:
         say("train", note)
     relay.rows(told.rows)
     return told
-
-
-def _blame(err: BaseException) -> str:
-    failures: Mapping[int, BaseException] = getattr(err, "worker_failures", {})
-    # A rank that lost its peer is a symptom; the others are nearer to the cause.
-    ordered = sorted(failures.items(), key=lambda item: ("PeerLost" in repr(item[1]), item[0]))
-    if not ordered:
-        return _first_line(err)
-    rank, failure = ordered[0]
-    return f"worker {rank}: {_first_line(failure)}"
-
-
-def _first_line(err: BaseException) -> str:
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    # The text of a remote error ends with the error itself, above it stands its traceback.
-    return f"{type(err).__name__}: {lines[-1] if lines and 'Traceback' in str(err) else (lines or [''])[0]}"
 
 
 def _scratch(run_location: Location) -> tuple[Location, str]:

@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from pipeline.train.blame import blame
 from pipeline.train.line import Told
 
 WAITING = (InitializingState, RestartingState, ReschedulingState, SchedulingState)
@@ -46,6 +47,8 @@ class Watch(ControllerCallback):  # type: ignore[misc]
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """It turns to something else."""
         self._line.place.remote(isinstance(current_state, WAITING))
+        if isinstance(current_state, RestartingState):
+            self._line.note.remote(f"lost {blame(current_state.training_failed_error)}: starting again")
 
 
 class Grip:

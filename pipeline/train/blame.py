@@ -50,5 +50,5 @@ def _of_memory(err: BaseException) -> str:
     if not is_memory(err):
         return ""
     found = _USED.search(str(err))
-    where = f" of node {found[1]} ({found[2]} of {found[3]} GB in use)" if found else " of its node"
-    return f"the memory{where} ran out, and Ray ended it; {LESS_MEMORY}"
+    where = f"node {found[1]} ({found[2]} of {found[3]} GB in use)" if found else "its node"
+    return f"the memory of {where} ran out, and Ray ended processes there; {LESS_MEMORY}"

@@ -24,7 +24,7 @@ from pipeline.interrupt import abandon
 from pipeline.progress import say
 from pipeline.room import GROW_S, can_grow, require_resources
 from pipeline.store.location import Location
-from pipeline.train.blame import blame, first_line
+from pipeline.train.blame import blame, first_line, is_memory
 from pipeline.train.line import Line, Told
 from pipeline.train.loop import Hooks, run
 from pipeline.train.network import choose_network
@@ -219,7 +219,8 @@ def _drive(
             raise failure
         return _answer(running.get)
     except ray.exceptions.RayError as err:
-        raise TrainError(f"the connection to Ray was lost ({first_line(err)}); {CONTINUES}") from err
+        why = blame(err) if is_memory(err) else f"the connection to Ray was lost ({first_line(err)})"
+        raise TrainError(f"{why}; {CONTINUES}") from err
     except Exception:  # this process cannot go on, as where its history cannot be written
         line.ask_stop.remote()
         leaves = True

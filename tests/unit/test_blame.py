@@ -5,8 +5,8 @@ from typing import Any
 from pipeline.train.blame import blame, first_line
 from pipeline.train.topology import PeerLost
 
-STARVED = """1 worker(s) were killed due to the node running low on memory.
-Memory on the node (IP: 10.77.0.3, ID: 8d4bfd) was 22.81GB used / 24.00GB limit (0.950417), which exceeds it.
+STARVED = """5 worker(s) were killed due to the node running low on memory. \
+Memory on the node (IP: 10.77.0.3, ID: 8d4bfd) was 22.81GB used / 24.00GB limit (0.950417)
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"""
 
 CUT_OFF = """A worker health check failed.

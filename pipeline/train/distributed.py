@@ -239,6 +239,8 @@ def _answer(result: Callable[[], Any]) -> FitResult:
     try:
         answer = result().return_value
     except ControllerError as err:
+        if is_memory(err.controller_failure):  # of a node that is still full when its workers start again
+            raise TrainError(f"{blame(err.controller_failure)}; {CONTINUES}") from err
         raise PreflightError(
             f"Ray could not start the workers ({first_line(err.controller_failure)}); "
             "`krony doctor` shows what is free"

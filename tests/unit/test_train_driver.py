@@ -138,3 +138,18 @@ def test_workers_that_train_hear_it_and_give_no_sign_of_waiting(group: Group):
     result = drive(group, should_stop=lambda: True, on_queue=lambda: pytest.fail("nobody waits"))
     assert (result.step, result.stopped) == (7, True)
     assert not group.killed.is_set()
+
+
+def test_memory_that_runs_out_again_while_workers_start_is_said_with_what_to_lower():
+    from ray.train import ControllerError
+
+    from pipeline.train.distributed import _answer
+
+    def starved() -> Any:
+        told = "5 worker(s) were killed due to the node running low on memory. Memory on the node "
+        where = "(IP: 10.0.0.2, ID: 5049) was 5.30GB used / 23.54GB limit (0.225116)"
+        raise ControllerError(RuntimeError(told + where))
+
+    with pytest.raises(TrainError, match=r"memory of node 10\.0\.0\.2 .* lower train\.micro_batch") as caught:
+        _answer(starved)
+    assert "continues from the last checkpoint" in str(caught.value)

@@ -47,9 +47,13 @@ def can_grow(ray: "ModuleType") -> bool:
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     client = _gcs(ray)
-    if any(NODE_GROUP in node["Labels"] for node in nodes) and _state(client) is not None:
-        return True
-    return _keeps_groups(_first_report(client), {str(node["NodeID"]) for node in ray.nodes()})
+    try:
+        if any(NODE_GROUP in node["Labels"] for node in nodes) and _state(client) is not None:
+            return True
+        return _keeps_groups(_first_report(client), {str(node["NodeID"]) for node in ray.nodes()})
+    except ray.exceptions.RayError as err:
+        first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+        raise PreflightError(f"the head of Ray does not answer ({first}); the same command goes on") from err
 
 
 def require_resources(
@@ -85,7 +89,11 @@ def require_resources(
             if should_stop():
                 raise Interrupted(f"{what}: stopped while waiting for machines; the same command goes on")
             now = time.monotonic()
-            if not _is_beyond(_state(client), group.id.hex()):
+            try:
+                is_beyond = _is_beyond(_state(client), group.id.hex())
+            except ray.exceptions.RayError:  # a head that restarts has no verdict
+                is_beyond = False
+            if not is_beyond:
                 beyond_since = now
             if now - beyond_since >= VERDICT_S:
                 raise PreflightError(

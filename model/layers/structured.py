@@ -121,6 +121,8 @@ class StructuredLinear(Tagged, ABC):
 
     def _state(self) -> tuple[object, ...] | None:
         """Differs after every change of a parameter or buffer; None if torch does not count their changes."""
+        if self._modules:  # parametrizations, which hold the parameters themselves
+            return None
         state: list[object] = []
         for held in (self._parameters, self._buffers):
             for tensor in held.values():

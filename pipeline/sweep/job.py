@@ -228,10 +228,13 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
         channel.row(row)
     train_s = time.monotonic() - began - (channel.waited_s - waited)
     channel.enter("score")
-    if finish:
-        finish(job.config)
-    else:
-        stages.scores(work)
+    try:
+        if finish:
+            finish(job.config)
+        else:
+            stages.scores(work)
+    except Interrupted:
+        return _left(work, init, ENDS[channel.why], train_s=train_s)
     outcome = found(work, train_s=train_s)
     assert outcome is not None, "all stages are done"
     return outcome

@@ -19,7 +19,8 @@ from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config.schema import RunConfig
-from pipeline.errors import KronyError
+from pipeline.errors import Interrupted, KronyError
+from pipeline.room import GROW_S, node_resources, processes_that_fit
 from pipeline.sweep.job import Channel, Job, Outcome, Why, perform
 from pipeline.sweep.shared import Task, build
 from pipeline.work import Work
@@ -162,7 +163,10 @@ def do_job(job: Job, channel: Channel) -> Outcome:
 
 
 def _finish_elsewhere(config: RunConfig, channel: Channel) -> None:
-    """Export and score with what one training worker holds; this actor holds next to nothing."""
+    """Export and score with what one training worker holds; this actor holds next to nothing.
+
+    Raises Interrupted if the sweep ends meanwhile, KronyError if no node has so much for `GROW_S`.
+    """
     task = ray.remote(_finish).options(
         num_cpus=config.ray.cpus_per_worker,
         num_gpus=config.ray.gpus_per_worker,
@@ -170,8 +174,17 @@ def _finish_elsewhere(config: RunConfig, channel: Channel) -> None:
         scheduling_strategy="DEFAULT",  # else it would have to fit into what this actor holds
     )
     answer = task.remote(config)
+    cpus, gpus, had_room = config.ray.cpus_per_worker, config.ray.gpus_per_worker, time.monotonic()
     while not ray.wait([answer], timeout=BEAT_S)[0]:
-        channel.enter("score")  # Ray watches the task: it is alive
+        channel.enter("score")  # Ray watches the task: it is alive, or waits for a node
+        if processes_that_fit(node_resources(ray), cpus=cpus, gpus=gpus):
+            had_room = time.monotonic()
+        if channel.why == "shutdown":
+            ray.cancel(answer)
+            raise Interrupted("the sweep ended before the trained model was exported and scored")
+        if time.monotonic() - had_room > GROW_S:
+            ray.cancel(answer)
+            raise KronyError(f"trained, but no node has {cpus:g} CPU and {gpus:g} GPU to export and score")
     if reason := _answer(answer):
         raise KronyError(f"trained, but not exported and scored: {reason}")
 

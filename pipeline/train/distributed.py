@@ -213,7 +213,7 @@ def _drive(
                 on_group(id_of(told.leader))
             if told.waits and not running.ready():
                 on_queue()
-                if asked:  # nobody is there who could hear it
+                if asked and grip.holds:  # nobody is there who could hear it
                     raise Interrupted(f"stopped while its workers waited for their place; {CONTINUES}")
         if (failure := _pump(ray, line, relay, grip).failure) is not None:
             raise failure

@@ -59,6 +59,11 @@ class Grip:
         self._leader: Any = None
         self._waits = True
 
+    @property
+    def holds(self) -> bool:
+        """Whether there is something that could be ended."""
+        return self._leader is not None
+
     def note(self, told: Told) -> None:
         """Keep what the line told last."""
         self._leader = told.leader or self._leader
@@ -69,14 +74,22 @@ class Grip:
         if leaves and not self._waits:
             running.wait(LEAVE_S)
         if not running.ready():
-            pool.apply_async(self._free).wait(FREE_S)  # in a thread: without its cluster Ray may keep it
+            killed = pool.apply_async(self._kill)  # in a thread: without its cluster Ray may keep it
+            killed.wait(FREE_S)
             running.wait(FREE_S)
+            if killed.ready():
+                pool.apply_async(self._free).wait(
+                    FREE_S
+                )  # once more: in its last moment it may have made one
 
-    def _free(self) -> None:
+    def _kill(self) -> None:
         if self._leader is not None:
             ray.kill(self._leader)  # its workers end with it
-            for group in groups_of(id_of(self._leader)):
-                remove_placement_group(group)
+            self._free()
+
+    def _free(self) -> None:
+        for group in groups_of(id_of(self._leader)) if self._leader is not None else ():
+            remove_placement_group(group)
 
 
 def id_of(actor: Any) -> bytes:

@@ -14,23 +14,36 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 """What gloo takes the name of its interface from; whoever sets it decides."""
 
 _ANY_PORT = 9
+_ELSEWHERE = "192.0.2.1"
+"""An address that no host has (RFC 5737): the way to it is the way out of this host."""
+
 _LOOPBACK = ("127.", "::1")
 
 
-def choose_network(address: str) -> None:
+def choose_network(address: str, *, leaves_host: bool = False) -> None:
     """Name the interface that leads to `address`, another host's or our own, to gloo.
 
-    Nothing is done where it is named already, where the address is loopback, or where it leads nowhere.
+    Nothing is done where it is named already, where the address is loopback, or where it leads nowhere. For a
+    group that `leaves_host` though the address is loopback here, as this host's name is, the way out counts.
     """
     if os.environ.get(INTERFACE):
         return
+    ours = _way_to(address)
+    if leaves_host and ours.startswith(_LOOPBACK):
+        ours = _way_to(_ELSEWHERE)
+    if not ours or ours.startswith(_LOOPBACK):
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.split("%")[0] == ours for each in addresses):
+            os.environ[INTERFACE] = name
+
+
+def _way_to(address: str) -> str:
+    """Our own address on the way to another; empty where there is none."""
     try:
         family, *_, target = socket.getaddrinfo(address, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # sends nothing: it looks up the way
-            ours = str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
     except OSError:
-        return
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.split("%")[0] == ours for each in addresses) and not ours.startswith(_LOOPBACK):
-            os.environ[INTERFACE] = name
+        return ""

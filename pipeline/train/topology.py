@@ -118,7 +118,8 @@ def from_environment(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[T
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    choose_network(os.environ.get("MASTER_ADDR", ""))
+    on_this_host = _integer("LOCAL_WORLD_SIZE", world)
+    choose_network(os.environ.get("MASTER_ADDR", ""), leaves_host=world > on_this_host)
     store = _meeting_point(_address(), rank, world)
     store.set_timeout(timeout)
     dist.init_process_group(
@@ -151,7 +152,8 @@ def _address() -> str:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise PreflightError(f"{name} is not in the environment of a rank; torchrun sets it")
-    return f"{os.environ['MASTER_ADDR']}:{_integer('MASTER_PORT', 0)}"
+    host = os.environ["MASTER_ADDR"]
+    return f"{f'[{host}]' if ':' in host else host}:{_integer('MASTER_PORT', 0)}"
 
 
 def joined(device: torch.device) -> Topology:

@@ -124,6 +124,19 @@ def test_one_token_in_blocks_is_the_same_token(spec, toy, auto, tmp_path, monkey
         torch.testing.assert_close(code.scores(column, matrix), column @ matrix.mT)
 
 
+@torch.no_grad()
+def test_one_token_has_the_precision_of_many(toy, auto, tmp_path, monkeypatch):
+    model, theirs = _opened(toy(SPECS["krony"]), auto, tmp_path)
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "LARGE", 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        many = theirs(IDX[:1, :9], use_cache=True)
+        one = theirs(IDX[:1, 9:10], past_key_values=many.past_key_values, use_cache=True)
+    assert one.logits.dtype == many.logits.dtype
+    kept = one.past_key_values.layers[0]
+    assert kept.keys.dtype == kept.values.dtype == torch.bfloat16
+    assert (one.logits[:, 0] - model(IDX[:1, :10])[:, 9]).abs().max() <= 0.1
+
+
 @pytest.fixture
 def krony(toy, auto, tmp_path):
     return _opened(toy(SPECS["krony"]), auto, tmp_path)

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from model.config import GPT2Config, Kron, ModelSpec, Site
 from model.export import to_dense
@@ -110,6 +111,26 @@ def test_what_was_prepared_follows_every_change_of_a_weight():
             change()
             weight, bias = layer.to_dense()
             torch.testing.assert_close(layer(x), x @ weight + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_behind_a_parametrization_are_read_anew():
+    layer = layer_of(SHAPES[2])
+    x = token(layer.n_in)
+    parametrize.register_parametrization(layer, "left", Doubled())
+    with torch.no_grad():
+        for _ in range(2):
+            layer.parametrizations.left.original.mul_(2.0)
+            for layer.mode in ("factored", "cached"):
+                weight, bias = layer.to_dense()
+                torch.testing.assert_close(layer(x), x @ weight + bias, rtol=1e-4, atol=1e-4)
+
+
+class Doubled(torch.nn.Module):
+    """What stands between a parameter and its use."""
+
+    def forward(self, weight):
+        """Twice the parameter."""
+        return 2.0 * weight
 
 
 def test_an_mlp_hears_hooks_trains_its_factors_and_saves_what_it_did_before():

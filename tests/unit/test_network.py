@@ -39,6 +39,13 @@ def test_loopback_and_nowhere_name_none(address):
     assert os.environ[INTERFACE] == ""
 
 
+def test_the_own_name_of_a_host_leads_out_for_a_group_of_several():
+    choose_network("127.0.1.1", leaves_host=True)
+    assert os.environ[INTERFACE] in {name for name, _ in outward()} | {
+        ""
+    }  # "": no way leads out of this host
+
+
 def test_who_names_one_decides(monkeypatch):
     monkeypatch.setenv(INTERFACE, "mine0")
     for _, address in outward():

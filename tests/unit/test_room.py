@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import exceptions
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GangResourceRequest, GetClusterStatusReply
 
 from pipeline import room
@@ -26,6 +27,8 @@ def report(*kinds: str) -> bytes:
 
 class Cluster:
     """What `ray` and the GCS say: nodes of one making, one dead, and the last reports of an autoscaler."""
+
+    exceptions = exceptions
 
     def __init__(
         self,
@@ -142,6 +145,22 @@ def test_what_an_autoscaler_says_it_cannot_bring_is_refused_soon(groups: SimpleN
         room.require_resources(Cluster(NODE, labels=GROUP, beyond=("ef01", "abcd")), **TRAINING)
     assert room.VERDICT_S <= groups.now <= room.VERDICT_S + 1
     assert not groups.held
+
+
+def test_a_head_that_restarts_has_no_verdict_and_one_that_is_gone_is_a_line(
+    groups: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    cluster = Cluster(NODE, first=report("gpu"))
+
+    def gone() -> bytes:
+        raise exceptions.RpcError("failed to connect to all addresses")
+
+    monkeypatch.setattr(cluster, "get_cluster_status", gone)
+    room.require_resources(cluster, **TRAINING)  # type: ignore[arg-type]
+    assert groups.now >= groups.after
+    cluster.labels = GROUP
+    with pytest.raises(PreflightError, match=r"the head of Ray does not answer \(failed to connect"):
+        room.can_grow(cluster)  # type: ignore[arg-type]
 
 
 def test_who_waits_can_be_stopped(groups: SimpleNamespace):

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import stages
 from pipeline.config.schema import RunConfig, TrackingConfig
+from pipeline.errors import Interrupted
 from pipeline.store.records import Record
 from pipeline.sweep.job import Channel, Job, Outcome, found, perform, validations
 from pipeline.sweep.space import space_of
@@ -128,6 +129,22 @@ def test_a_trial_whose_input_is_bad_is_a_result(trial):
     outcome, _ = listen_while(job(config), Channel())
     assert outcome.state == "failed"
     assert "train-00000.bin" in outcome.reason
+
+
+def test_a_trial_that_ends_before_it_is_scored_is_scored_the_next_time(trial):
+    config, channel = trial(), Channel()
+
+    def finish(config: RunConfig) -> None:
+        channel.ask_stop("shutdown")
+        raise Interrupted("the sweep ended")
+
+    outcome = perform(job(config), channel, finish=finish)
+    work = Work.on(config, quiet=True)
+    assert outcome.state == "interrupted"
+    assert outcome.run == work.store.require(work.chain.run).record.address
+    assert outcome.tokens == config.train.max_steps * config.train.batch_tokens
+    again = perform(job(config), Channel())
+    assert (again.state, again.run, again.tokens) == ("finished", outcome.run, outcome.tokens)
 
 
 def test_a_bug_is_raised_and_the_listener_does_not_hang(trial, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import PreflightError
-from pipeline.train.topology import Topology, choose_device, from_environment, launched_rank
+from pipeline.train.topology import Topology, _address, choose_device, from_environment, launched_rank
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +90,15 @@ def test_a_rank_that_does_not_know_where_to_meet_is_told(monkeypatch):
         from_environment("cpu"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("10.0.0.1", "10.0.0.1:29500"), ("fd00::1", "[fd00::1]:29500")]
+)
+def test_where_ranks_meet_may_be_of_either_kind(host, address, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert _address() == address
 
 
 def test_an_environment_that_is_no_number_is_refused(monkeypatch):

@@ -36,7 +36,7 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     threads do, and memory is read twice as fast.
     """
     blocks = _blocks(x, weight, at_most=8)
-    if blocks == 1 or not weight.is_contiguous():
+    if blocks == 1:
         return x @ weight
     parts = torch.bmm(x.reshape(blocks, 1, -1), weight.view(blocks, -1, weight.shape[1]))
     return parts.sum(0).view(*x.shape[:-1], -1)
@@ -53,9 +53,11 @@ def scores(x: Tensor, table: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, matrix: Tensor, *, at_most: int) -> int:
     """Into how many blocks of equally many rows a matrix is cut for this x; 1 unless it is one fp32 row."""
-    if x.shape[:-1].numel() > 1 or matrix.numel() < LARGE:
+    if x.shape[:-1].numel() != 1 or matrix.numel() < LARGE or not matrix.is_contiguous():
         return 1
     if x.device.type != "cpu" or not x.dtype == matrix.dtype == torch.float32:
+        return 1
+    if torch.is_autocast_enabled("cpu"):  # which asks for another precision
         return 1
     return next(blocks for blocks in range(at_most, 0, -1) if matrix.shape[0] % blocks == 0)
 
@@ -86,7 +88,7 @@ class DenseWeight(Weight):
         """(..., in) -> (..., out)."""
         if self.bias is None or self.missing:
             return self.biased(x @ self.weight)
-        if x.shape[:-1].numel() == 1:
+        if _blocks(x, self.weight, at_most=8) > 1:
             return self.biased(times(x, self.weight))
         return F.linear(x, self.weight.mT, self.bias)
 

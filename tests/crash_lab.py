@@ -2,8 +2,7 @@
 
 A script that runs with `faulty_files.c` preloaded. It makes what a writer needs, counts the calls of one
 undisturbed run, and then, for every call and every kind of fault, lets a forked process run into it. What is
-left behind is read by another process, the writer runs again, and what was found is printed as JSON, fault by
-fault.
+left behind is read by another process, the writer runs again, and what was found is printed as JSON.
 
     LD_PRELOAD=faulty.so python tests/crash_lab.py WRITER FOLDER
 
@@ -19,6 +18,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -32,8 +32,7 @@ from typing import Any, Protocol
 from pipeline.store.provenance import provenance
 
 KINDS = {"count": 0, "killed before": 1, "killed in": 2, "EIO": errno.EIO}
-SAID, UNSAID = 7, 9
-"""Exit codes of a writer that met a fault: one line for people, or anything else."""
+SAID, UNSAID = 7, 9  # exit codes of a writer that met a fault: one line for people, or anything else
 
 
 class Writer(Protocol):
@@ -291,6 +290,7 @@ def forked(work: Callable[[], str], *, born: Callable[[int], None] = lambda _: N
     child = os.fork()
     if child == 0:
         os.close(heard)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with `&`
         code, text = UNSAID, ""
         try:
             from pipeline.errors import KronyError

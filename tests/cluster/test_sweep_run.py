@@ -261,6 +261,7 @@ def whole(ray_local, sweep_lab, base, tmp_path_factory) -> dict[str, dict]:
     return measured(run_sweep(long_study(sweep_lab, folder / "undisturbed", base), quiet=True))
 
 
+@pytest.mark.nightly  # the soak does the same to sweeps over three raylets
 def test_a_killed_and_a_silent_process_cost_time_and_nothing_else(ray_local, sweep_lab, place, base, whole):
     study = long_study(sweep_lab, place, base, silence_s=20.0)
     location = Store(study.first.store).root.child(f"{sweep_identity(study).address}/1")

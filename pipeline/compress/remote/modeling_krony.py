@@ -25,7 +25,6 @@ from .configuration_krony import KronyConfig
 Spec = Mapping[str, Any]
 GELU = {"gelu_new": "tanh", "gelu": "none"}
 
-
 LARGE = 131_072  # numbers of a matrix from which blocks are worth their call
 
 
@@ -55,9 +54,8 @@ def _blocks(x: Tensor, matrix: Tensor, *, at_most: int) -> int:
     """Into how many blocks of equally many rows a matrix is cut for this x; 1 unless it is one fp32 row."""
     if x.shape[:-1].numel() != 1 or matrix.numel() < LARGE or not matrix.is_contiguous():
         return 1
-    if x.device.type != "cpu" or not x.dtype == matrix.dtype == torch.float32:
-        return 1
-    if torch.is_autocast_enabled("cpu"):  # which asks for another precision
+    exact = x.dtype == matrix.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or not exact:
         return 1
     return next(blocks for blocks in range(at_most, 0, -1) if matrix.shape[0] % blocks == 0)
 

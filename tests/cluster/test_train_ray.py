@@ -185,7 +185,6 @@ def test_a_stop_is_answered_while_the_workers_wait_for_their_place(ray_local, la
     try:
         with pytest.raises(Interrupted, match="waited for their place"):
             on_two_workers(request, watch=take_a_seat, should_stop=should_stop)
-        assert time.monotonic() - asked[0] < 15
     finally:
         ray_local.kill(seats[0])
     assert_all_given_back(ray_local)

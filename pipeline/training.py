@@ -204,7 +204,7 @@ def _fit(work: Work, request: FitRequest, tracker: Tracker, training: _Training)
             ray,
             on_log=on_log,
             should_stop=should_stop,
-            on_group=driver.on_group if driver else None,
+            on_leader=driver.on_leader if driver else None,
             on_queue=driver.on_queue if driver else lambda: None,
         )
 

@@ -203,6 +203,17 @@ def process_token() -> Path:
     return Path(name)
 
 
+def assert_all_given_back(ray: Any) -> None:
+    """Within half a minute no placement group is left and every CPU is free."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        if not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"held: {groups}, free {ray.available_resources()}")
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that nobody listens on just now."""
     probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

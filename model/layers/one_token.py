@@ -65,7 +65,8 @@ def through(steps: tuple[Callable[[Tensor], Tensor], ...], x: Tensor, *, width: 
 class OneToken:
     """x (m1*m2,) -> (x[gather_in] W)[gather_out] + b, (n1*n2,).
 
-    Holds detached copies, which are good until a parameter of the layer changes.
+    Detached from the layer, some of it in the same memory; good until a parameter of the layer changes. What
+    changes through `parameter.data` in evaluation is not noticed: call `train()` and `eval()` after it.
     """
 
     order: Order

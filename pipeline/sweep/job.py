@@ -206,7 +206,7 @@ def _perform(job: Job, channel: Channel, finish: Finish | None) -> Outcome:
         on_queue=lambda: channel.enter("train"),  # a sign of life too: who waits for machines does not hang
         should_stop=lambda: channel.why != "",
         validate_at=tuple(map(job.config.train.step_at, job.rungs)),
-        on_group=channel.join,
+        on_leader=channel.join,
     )
     work = Work.on(job.config, quiet=True, driver=driver)
     earlier = validations(work)

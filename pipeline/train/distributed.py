@@ -55,12 +55,12 @@ def fit(
     *,
     on_log: OnLog,
     should_stop: ShouldStop,
-    on_group: Callable[[bytes], None] | None = None,
+    on_leader: Callable[[bytes], None] | None = None,
     on_queue: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Train on `config.workers` workers, or continue; `on_log` and `should_stop` are called in this process.
 
-    `on_group` gets the id of the actor that leads the workers, for whoever must free their place
+    `on_leader` gets the id of the actor that leads the workers, for whoever must free their place
     (`pipeline.train.group.groups_of`) if this process is killed; `on_queue` is called again and again while
     workers wait for their place. Raises PreflightError if the cluster cannot hold the workers, Interrupted if
     asked to stop while none trains, TrainError if the group is lost more often than `config.max_failures`,
@@ -92,7 +92,7 @@ def fit(
             line,
             Relay(request, on_log),
             should_stop,
-            on_group=on_group,
+            on_leader=on_leader,
             on_queue=on_queue,
         )
 
@@ -193,7 +193,7 @@ def _drive(
     relay: Relay,
     should_stop: ShouldStop,
     *,
-    on_group: Callable[[bytes], None] | None,
+    on_leader: Callable[[bytes], None] | None,
     on_queue: Callable[[], None],
 ) -> FitResult:
     """Run the trainer in a thread and keep the line moving from this one, where signals arrive."""
@@ -209,8 +209,8 @@ def _drive(
                 ray.get(line.ask_stop.remote())
                 asked = True
             told = _pump(ray, line, relay, grip)
-            if on_group and told.leader is not None:
-                on_group(id_of(told.leader))
+            if on_leader and told.leader is not None:
+                on_leader(id_of(told.leader))
             if told.waits and not running.ready():
                 on_queue()
                 if asked and grip.holds:  # nobody is there who could hear it

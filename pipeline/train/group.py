@@ -77,10 +77,8 @@ class Grip:
             killed = pool.apply_async(self._kill)  # in a thread: without its cluster Ray may keep it
             killed.wait(FREE_S)
             running.wait(FREE_S)
-            if killed.ready():
-                pool.apply_async(self._free).wait(
-                    FREE_S
-                )  # once more: in its last moment it may have made one
+            if killed.ready():  # once more: in its last moment the controller may have asked for another
+                pool.apply_async(self._free).wait(FREE_S)
 
     def _kill(self) -> None:
         if self._leader is not None:

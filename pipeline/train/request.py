@@ -31,7 +31,7 @@ class Driver:
     validate_at: tuple[int, ...] = ()
     """Steps that are validated beside those of `train.val_every`."""
 
-    on_group: Callable[[bytes], None] | None = None
+    on_leader: Callable[[bytes], None] | None = None
     """Gets the id of the actor that leads a training on several workers."""
 
     on_wait: Callable[[], None] = lambda: None

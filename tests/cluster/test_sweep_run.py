@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cluster_lab import assert_all_given_back
 
 from pipeline import stages
 from pipeline.config.schema import RayConfig
@@ -59,16 +60,6 @@ def trials(artifact: Artifact) -> dict[str, dict]:
 
 def measured(artifact: Artifact) -> dict[str, dict]:
     return {name: {key: row[key] for key in MEASURED} for name, row in trials(artifact).items()}
-
-
-def assert_all_given_back(ray) -> None:
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-        if not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-            return
-        time.sleep(0.5)
-    pytest.fail(f"held: {groups}, free {ray.available_resources()}")
 
 
 def trial_processes() -> list[psutil.Process]:

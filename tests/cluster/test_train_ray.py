@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from cluster_lab import assert_all_given_back
 
 from pipeline.config.schema import RayConfig
 from pipeline.errors import DataError, Interrupted, PreflightError
@@ -130,16 +131,6 @@ def test_an_error_in_a_worker_is_one_line_in_the_driver(ray_local, lab, tmp_path
     with pytest.raises(DataError, match=r"train-00009\.bin is missing") as caught:
         on_two_workers(replace(request, shards=("train-00009.bin",)))
     assert "\n" not in str(caught.value)
-
-
-def assert_all_given_back(ray) -> None:
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-        if not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-            return
-        time.sleep(0.5)
-    pytest.fail(f"held: {groups}, free {ray.available_resources()}")
 
 
 @pytest.mark.nightly

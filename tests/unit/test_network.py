@@ -40,10 +40,14 @@ def test_loopback_and_nowhere_name_none(address):
 
 
 def test_the_own_name_of_a_host_leads_out_for_a_group_of_several():
+    choose_network("192.0.2.1")  # no host's, so by the way out
+    way_out, os.environ[INTERFACE] = os.environ[INTERFACE], ""
+    if not way_out:
+        pytest.skip("no way leads out of this machine")
+    choose_network("127.0.1.1")
+    assert os.environ[INTERFACE] == ""
     choose_network("127.0.1.1", leaves_host=True)
-    assert os.environ[INTERFACE] in {name for name, _ in outward()} | {
-        ""
-    }  # "": no way leads out of this host
+    assert os.environ[INTERFACE] == way_out
 
 
 def test_who_names_one_decides(monkeypatch):

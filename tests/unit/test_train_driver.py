@@ -74,7 +74,7 @@ def drive(group: Group, *, relay: Any = RELAY, **more: Any) -> Any:
     from pipeline.train.distributed import _drive
 
     library: Any = SimpleNamespace(get=lambda answer: answer, exceptions=SimpleNamespace(RayError=LostError))
-    wanted = {"on_group": None, "on_queue": lambda: None, "should_stop": lambda: False} | more
+    wanted = {"on_leader": None, "on_queue": lambda: None, "should_stop": lambda: False} | more
     should_stop: Callable[[], bool] = wanted.pop("should_stop")
     return _drive(library, group.work, Afar(group.line), relay, should_stop, **wanted)
 

@@ -2,18 +2,19 @@
 
     python -m benchmarks.peers --nanogpt CHECKOUT [--krony-pt CHECKOUT] [--rows 1] [--rounds 6] [--sides …]
 
-GPT-2 small's shape, rows of 1,024 random tokens, one process, sides by turns. Each peer brings its own model
-and its own optimizer (`configure_optimizers`), in the precision and with or without the compiler as a side
-says; `-best` is its step with everything that torch offers it (compiled, bf16, fused AdamW), which its own
-script does not use on a CPU. Nothing of a checkout is changed or kept. A side with a name of ours is
-`krony-dense`, `krony-81M`, `krony-96M`; `-eager` and `-fp32` are appended where that is meant.
+GPT-2 small's shape, rows of 1,024 random tokens, one process, sides by turns, two steps in a row of which
+the second counts. Each peer brings its own model and its own optimizer (`configure_optimizers`), in the
+precision and with or without the compiler as a side says; `-best` is its step with everything that torch
+offers it (compiled, bf16, fused AdamW), which its own script does not use on a CPU. Nothing of a checkout is
+changed or kept. A side with a name of ours is `krony-dense`, `krony-81M`, `krony-96M`; `-eager` and `-fp32`
+are appended where that is meant. Ours keep freed memory, as our training loop does (`pipeline.allocator`).
 """
 
 import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from torch import nn
 
 from benchmarks.table import against, publish
 from benchmarks.training_step import CONTEXT, specs, step_of
+from pipeline.allocator import keeping_memory
 from pipeline.evaluate.turns import take_turns
 
 VOCABULARY = 50257
@@ -145,6 +147,18 @@ def compiler() -> Iterator[None]:
         torch._dynamo.config.suppress_errors = before  # noqa: SLF001
 
 
+def by_turns(runs: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, Any]:
+    """Seconds of every second of two steps, by rounds; only our sides keep freed memory, as our loop does."""
+    names, took = list(runs), {name: [] for name in runs}
+    for number in range(rounds):
+        for place in range(len(names)):
+            side = names[(number + place) % len(names)]
+            ours = side.startswith("krony-") and not side.startswith("krony-pt-")
+            with keeping_memory("cpu") if ours else nullcontext():
+                took[side].append(float(take_turns({side: runs[side]}, rounds=2).seconds[side][-1]))
+    return {name: np.array(seconds) for name, seconds in took.items()}
+
+
 def main() -> None:
     """Time the sides by turns; the first one is the base of the ratios."""
     parser = argparse.ArgumentParser(
@@ -168,7 +182,7 @@ def main() -> None:
         runs[side]()
         runs[side]()
         print(f"{side}: ready", flush=True)
-    took = take_turns(runs, rounds=options.rounds).seconds
+    took = by_turns(runs, rounds=options.rounds)
     base = options.sides[0]
     rows = [
         {

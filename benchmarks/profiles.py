@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.mlp import SHAPES, WIDTH, action, dense_mlp, kron_mlp
 from benchmarks.table import Row, publish
 from benchmarks.training_step import specs, step_of
+from pipeline.allocator import keeping_memory
 
 TOKENS = {"decode": 1, "mlp": 4096}
 RUNS = {"decode": 10, "mlp": 3, "step": 2}
@@ -100,8 +101,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows: list[Row] = []
-    for name, run in sides(options):
-        rows += table(name, run, runs=RUNS[options.what], profiles=PROFILES[options.what], top=options.top)
+    with keeping_memory("cpu"):
+        for name, run in sides(options):
+            rows += table(
+                name, run, runs=RUNS[options.what], profiles=PROFILES[options.what], top=options.top
+            )
     publish(rows, options.csv)
 
 

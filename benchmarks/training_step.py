@@ -23,6 +23,7 @@ from benchmarks.table import against, publish
 from model.compress.kron_plan import KronChoice, with_kron_mlp
 from model.config import GPT2Config, ModelSpec
 from model.gpt2 import GPT2
+from pipeline.allocator import keeping_memory
 from pipeline.evaluate.turns import Spread, take_turns
 
 CONTEXT = 1024
@@ -84,7 +85,12 @@ def measure(
         if device == "cuda":
             torch.cuda.synchronize()
         print(f"{name}: first two steps {time.perf_counter() - began:.1f} s", flush=True)
-    took = take_turns({name: step.run for name, step in steps.items()}, rounds=rounds, device=device).seconds
+    with keeping_memory(device):
+        for step in steps.values():
+            step.run()
+        took = take_turns(
+            {name: step.run for name, step in steps.items()}, rounds=rounds, device=device
+        ).seconds
     found: list[dict[str, str | float]] = []
     for name, times in took.items():
         seconds = Spread.quartiles(times).middle

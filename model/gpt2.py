@@ -12,13 +12,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import causal_attention
 from model.config import BlockSpec, Convention, GPT2Config, ModelError, ModelSpec, SplitQKV
 from model.layers.embedding import Embedding
 from model.layers.factory import LinearFactory, make_linear, make_table
+from model.layers.gelu import gelu
 from model.layers.kronecker import KroneckerLinear
 from model.layers.paired import paired
 from model.layers.structured import StructuredLinear
@@ -65,7 +66,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self.heads(x)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, O)
+        y = causal_attention(q, k, v, scale=self.scale)  # (B, H, T, O)
         out: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
         return out
 
@@ -99,7 +100,7 @@ class MLP(nn.Module):
         )
 
     def _both(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        out: Tensor = self.c_proj(gelu(self.c_fc(x), approximate=self.gelu))
         return out
 
 

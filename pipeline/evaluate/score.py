@@ -12,6 +12,7 @@ import tiktoken
 import torch
 
 from model.gpt2 import GPT2
+from pipeline.allocator import keeping_memory
 from pipeline.compress.load import load_model
 from pipeline.config.schema import EvalConfig
 from pipeline.data.batches import TokenStream
@@ -93,7 +94,8 @@ def evaluate(
     network = model.to(device)
     followed = protocol.at_context(arch.n_ctx)
     kind = torch.device(device).type
-    with torch.autocast(kind, dtype=torch.bfloat16, enabled=followed.precision == "bf16"):
+    half = followed.precision == "bf16"
+    with keeping_memory(kind), torch.autocast(kind, dtype=torch.bfloat16, enabled=half):
         if isinstance(source, HarnessTask):
             from pipeline.evaluate.harness import evaluate_task  # an extra, and seconds of imports
 

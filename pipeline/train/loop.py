@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from model.export import save_native
+from pipeline.allocator import keeping_memory
 from pipeline.store.scratch import scratch_folder
 from pipeline.train.request import FitRequest, FitResult, OnLog, Row, ShouldStop
 from pipeline.train.schedule import is_due
@@ -49,7 +50,7 @@ def run(request: FitRequest, topology: Topology, hooks: Hooks) -> FitResult:
     The training loss may be distillation from a teacher; validation is always next-token cross-entropy.
     Raises TrainError, alike on every rank, if the loss is no longer finite.
     """
-    with _reproducible(topology.device):
+    with _reproducible(topology.device), keeping_memory(topology.device.type):
         session = Session(request, topology)
         try:
             result = _train(session, request, topology, hooks)

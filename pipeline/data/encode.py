@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import tiktoken
-
 from pipeline.data.documents import Side
+from pipeline.data.encoder import Choice, Encoder
 from pipeline.data.plan import PlannedShard
 from pipeline.data.rows import Corpus, Split, sided_texts
 from pipeline.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, ShardWriter, Sidecar
 from pipeline.data.splits import Positions
-from pipeline.data.tokenizer import encode_document, load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.store.copies import sha256_file
 from pipeline.store.location import Location
 from pipeline.store.scratch import scratch_folder
@@ -37,6 +36,9 @@ class Job:
     fraction: float
     """Share of validation, for the split `hash`."""
 
+    encoder: Choice
+    """The library that may do the work."""
+
 
 def make_shard(
     job: Job, shard: PlannedShard, *, validation: Positions, repeats: Positions
@@ -46,7 +48,7 @@ def make_shard(
     `validation` and `repeats` are the positions in the corpus of the documents of this shard that the split
     holds out by position, and of those that are dropped.
     """
-    encoding = _tokenizer(job.tokenizer)
+    encoder = _encoder(job.tokenizer, job.encoder)
     split = Split(name=job.split, fraction=job.fraction, validation=validation)
     sizes = dict.fromkeys(SIDES, 0)
     with scratch_folder() as folder:
@@ -56,7 +58,7 @@ def make_shard(
             for side, text in sided_texts(
                 job.corpus, shard.ranges, first=shard.first, split=split, repeats=repeats
             ):
-                writers[side].add(encode_document(encoding, text))
+                writers[side].add(encoder.document(text))
                 sizes[side] += len(text.encode())
         files = job.corpus.manifest.files
         made = []
@@ -98,6 +100,6 @@ def finished(target: Location, *, plan: str, index: int) -> tuple[Sidecar, ...] 
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(location: Location) -> tiktoken.Encoding:
+def _encoder(tokenizer: Location, choice: Choice) -> Encoder:
     """One per process: tasks come one after the other."""
-    return load_tokenizer(location.local_folder())
+    return Encoder(load_tokenizer(tokenizer.local_folder()), choice=choice)

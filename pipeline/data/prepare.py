@@ -23,6 +23,7 @@ from pipeline.config.sources import DataConfig
 from pipeline.data.corpora import source_of
 from pipeline.data.documents import KEY_BYTES, CorpusError
 from pipeline.data.encode import Job, finished, make_shard
+from pipeline.data.encoder import engine_name
 from pipeline.data.openwebtext import DOCUMENTS, NANOGPT_TOKENS
 from pipeline.data.outlook import TokensOutlook
 from pipeline.data.plan import (
@@ -77,6 +78,7 @@ def prepare_tokens(
             plan=plan.digest,
             split=plan.split,
             fraction=plan.validation_fraction,
+            encoder=config.encoder,
         )
         done = {s.index: finished(where, plan=plan.digest, index=s.index) for s in plan.shards}
         sidecars = [sidecar for pair in done.values() if pair for sidecar in pair]
@@ -93,7 +95,11 @@ def prepare_tokens(
                         rate = made / (time.monotonic() - begin)
                         progress.update(len(sidecars) // 2, tokens_per_s=rate)
         metrics = _metrics(plan, sidecars, tokenizer)
-        settings = {"tokens_per_s": round(made / (time.monotonic() - begin)), "tokens_made": made}
+        settings = {
+            "tokens_per_s": round(made / (time.monotonic() - begin)),
+            "tokens_made": made,
+            "encoder": engine_name(config.encoder),
+        }
         written = {f"{sidecar.shard}.bin": sidecar.sha256 for sidecar in sidecars}
         return attempt.publish(metrics=metrics, settings=settings, written=written)
 

@@ -179,7 +179,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> bytes:
         "name": encoding.name,
         "pattern": FAST_PATTERN,
         "special_tokens": {EOT: encoding.eot_token},
-        "ranks": [base64.b64encode(token).decode() for token in _tokens(encoding)],
+        "ranks": [base64.b64encode(token).decode() for token in ranked_tokens(encoding)],
     }
     return (json.dumps(body, indent=0) + "\n").encode()
 
@@ -216,7 +216,7 @@ def write_hf_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-    tokens = _tokens(encoding)
+    tokens = ranked_tokens(encoding)
     vocab = {_spell(token): rank for rank, token in enumerate(tokens)} | {EOT: encoding.eot_token}
     merges = [(_spell(left), _spell(right)) for left, right in _merges(tokens)]
     fast = Tokenizer(BPE(vocab=vocab, merges=merges))
@@ -280,7 +280,8 @@ def _encoding(name: str, ranks: Mapping[bytes, int]) -> tiktoken.Encoding:
     )
 
 
-def _tokens(encoding: tiktoken.Encoding) -> list[bytes]:
+def ranked_tokens(encoding: tiktoken.Encoding) -> list[bytes]:
+    """The bytes of every token but the special one, by id."""
     return [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)]
 
 

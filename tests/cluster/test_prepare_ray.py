@@ -25,8 +25,9 @@ def test_any_number_of_workers_and_any_loss_give_the_same_bytes(
     ray_local, data_lab, corpus, tmp_path, monkeypatch
 ):
     runs = []
-    for workers in (1, 2):
-        config = data_lab.config_of(corpus, tmp_path / f"store{workers}", tokenize_workers=workers)
+    for workers, encoder in ((1, "tiktoken"), (2, "auto")):
+        store = tmp_path / f"store{workers}"
+        config = data_lab.config_of(corpus, store, tokenize_workers=workers, encoder=encoder)
         prepared = data_lab.Prepared(config)
         runs.append((prepared, prepared.tokens()))
     (_, one), (prepared, two) = runs

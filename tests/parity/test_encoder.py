@@ -1,0 +1,130 @@
+"""gigatoken makes the shards, tiktoken says what is right: the same ids, and a difference is seen."""
+
+import json
+import lzma
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.sources import PydocsCorpus
+from pipeline.data.corpora import documents, source_of
+from pipeline.data.encoder import CHECK_EVERY, Encoder, engine_name
+from pipeline.data.tokenizer import EOT, TokenizerError, encode_document, read_gpt2, train_bpe
+
+pytest.importorskip("gigatoken", reason="has no build for this machine")
+
+PIECES = [
+    "a",
+    "Bc",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    "'",
+    "'s",
+    "'LL",
+    "'ll",
+    "1",
+    "23",
+    "é",
+    "e\u0301",
+    "漢字",
+]
+PIECES += [
+    "🙂",
+    "\u200d",
+    "\xa0",
+    "\u3000",
+    "\u2028",
+    "\x00",
+    "\x85",
+    "\x1c",
+    EOT,
+    "-",
+    "...",
+    "_",
+    "٣",
+    "Ⅷ",
+    "ʼ",
+]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [each.text for each in documents(source_of(PydocsCorpus(packages=("numpy",))))]
+
+
+@pytest.fixture(scope="module")
+def small(texts):
+    return train_bpe(texts, vocab_size=2048)
+
+
+def engine(encoding):
+    """gigatoken alone, never held against tiktoken."""
+    encoder = Encoder(encoding)
+    encoder._left = sys.maxsize
+    return encoder
+
+
+def differ(encoding, texts):
+    fast = engine(encoding)
+    return [
+        text for text in texts if not np.array_equal(fast.document(text), encode_document(encoding, text))
+    ]
+
+
+def test_real_documents_have_the_tokens_of_tiktoken(small, texts):
+    assert differ(small, texts) == []
+
+
+def test_every_character_is_of_the_same_kind_for_both(small):
+    """Letter, digit, space or other: one character of each kind on either side shows it."""
+    points = [point for point in range(sys.maxunicode + 1) if not 0xD800 <= point < 0xE000]
+    blocks = [points[at : at + 512] for at in range(0, len(points), 512)]
+    assert (
+        differ(small, ("".join(f"a{chr(p)}b {chr(p)} 1{chr(p)}2" for p in block) for block in blocks)) == []
+    )
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_odd_texts_have_the_tokens_of_tiktoken(small, text):
+    assert differ(small, [text]) == []
+
+
+@pytest.mark.parametrize("piece", ["a", " ", "\n", "1", "é", "ab", EOT])
+def test_long_runs_have_the_tokens_of_tiktoken(small, piece):
+    assert differ(small, [piece * 50_000, "x" + piece * 50_000 + "y"]) == []
+
+
+def test_gpt2_has_the_tokens_of_tiktoken(shared_data):
+    gpt2 = read_gpt2(shared_data / "tokenizer" / "gpt2")
+    with lzma.open(shared_data / "train" / "openwebtext" / "owt10k-sample.jsonl.xz", "rt") as file:
+        assert differ(gpt2, (json.loads(line)["text"] for line in file)) == []
+
+
+def test_another_answer_is_seen_at_once_and_later(small, texts):
+    other = Encoder(train_bpe(texts[:50], vocab_size=1024))._engine
+    encoder = Encoder(small)
+    encoder._engine = other
+    with pytest.raises(TokenizerError, match=r"different tokens.*run again with --data\.encoder tiktoken"):
+        encoder.document("the first document")
+    encoder = Encoder(small)
+    encoder.document("the first document")
+    encoder._engine = other
+    for _ in range(CHECK_EVERY - 1):
+        encoder.document("one of many documents")
+    with pytest.raises(TokenizerError, match="different tokens"):
+        encoder.document("one of many documents")
+
+
+def test_tiktoken_alone_is_a_choice(small, texts):
+    alone = Encoder(small, choice="tiktoken")
+    assert alone._engine is None
+    assert all(np.array_equal(alone.document(text), encode_document(small, text)) for text in texts[:5])
+    assert engine_name("auto").startswith("gigatoken ")
+    assert engine_name("tiktoken").startswith("tiktoken ")

@@ -37,6 +37,7 @@ from model.pretrained import load_stock
 from pipeline.config.load import load_study
 from pipeline.config.sources import FilesCorpus
 from pipeline.config.sweep import load_sweep
+from pipeline.data.encoder import Encoder
 from pipeline.data.files import LocalFiles
 from pipeline.data.plan import PlannedShard, ShardPlan
 from pipeline.data.rows import Range
@@ -277,7 +278,7 @@ def _data(folder: Path) -> list[Target]:
         return [int(np.sum(each)) for each in split_documents(tokens, vocabulary=280, eot=279, name="shard")]
 
     def read_tokenizer(path: Path) -> object:
-        return encode_document(load_tokenizer(path.parent), "the first 漢字 — don't  stop\n")
+        return Encoder(load_tokenizer(path.parent)).document("the first 漢字 — don't  stop\n")
 
     return [
         Target("shard", ((folder / "shard.bin").read_bytes(),), _put("shard.bin", read_shard)),

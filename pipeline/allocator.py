@@ -2,13 +2,19 @@
 
 A training step frees and asks for gigabytes in tensors of megabytes. glibc gives such blocks back to the
 system at once, which then has to fill every page with zeros again: about a tenth of a step of GPT-2 small.
-Off Linux, and where the C library has no such setting, nothing is changed.
+Off Linux, where the C library has no such setting, and where somebody set glibc up in the environment,
+nothing is changed. A thread beside the main one profits fully only with `ONE_ARENA`: its own heap would hold
+blocks of at most 64 MiB.
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""Environment of a process that trains in a thread, as a worker of Ray does."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Settings of mallopt(3): how much may lie free at the top, which size is mapped alone, and how many such."""
@@ -16,16 +22,20 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _USUAL = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 """What glibc has, thresholds where it moves them by itself once a process has freed large blocks."""
 
+_ASKED = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+"""By these a user sets up glibc."""
+
 
 @contextmanager
 def keeping_memory(device: str) -> Iterator[None]:
     """In the body memory once used stays with the process, if `device` is "cpu"; not for nesting."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device == "cpu" else None
+    ours = sys.platform == "linux" and device == "cpu" and not any(name in os.environ for name in _ASKED)
+    libc = ctypes.CDLL(None) if ours else None
     if libc is None or not hasattr(libc, "mallopt"):
         yield
         return
     libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_TRIM_THRESHOLD, -1)  # never
     try:
         yield
     finally:

@@ -18,7 +18,6 @@ from pipeline.data.corpora import build_corpus
 from pipeline.data.encode import Job
 from pipeline.data.shards import Sidecar
 from pipeline.data.tokenizer import build_tokenizer
-from pipeline.errors import DataError
 from pipeline.store.artifacts import Artifact, Store
 
 
@@ -72,13 +71,10 @@ def in_process(patch: pytest.MonkeyPatch) -> list[int]:
     """Run tasks in this process; the list gathers the number of every shard that is made."""
     made: list[int] = []
 
-    def loop(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[list[Sidecar]]:
+    def loop(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[tuple[str, list[Sidecar]]]:
         for row in rows:
             made.append(json.loads(row["shard"])["index"])
-            done = prepare._make(job, row)
-            if done["error"]:
-                raise DataError(done["error"])
-            yield [Sidecar.from_json(data, where="task") for data in done["sidecars"]]
+            yield prepare._made(prepare._make(job, row))
 
     class NoRay:
         def __enter__(self) -> None:

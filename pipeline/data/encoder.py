@@ -11,9 +11,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import psutil  # type: ignore[import-untyped]
 import tiktoken
 
-from pipeline.data.tokenizer import TokenizerError, encode_document, ranked_tokens
+from pipeline.data.tokenizer import TokenizerError, encode_document, merges_of, ranked_tokens
 from pipeline.store.scratch import scratch_folder
 
 Ids = npt.NDArray[np.uint32]
@@ -23,7 +24,14 @@ CHECK_EVERY = 256
 """Documents between two that both encode; the first of every encoder is one."""
 
 LONGEST_CHECK = 1_000_000
-"""Characters of a document beyond which the next one is compared: that would take a second and more."""
+"""Characters of a document that are compared: more would take a second and longer."""
+
+LOOK_EVERY = 1 << 22
+"""Characters between two looks at the memory of this process."""
+
+MOST_GROWTH = 256 << 20
+"""Bytes that a process may grow by before its engine is made anew: gigatoken 0.10 remembers every piece of
+text that it has seen. English gets there after gigabytes, Chinese after some ten megabytes."""
 
 
 class Engine(Protocol):
@@ -37,11 +45,14 @@ class Encoder:
     """Encodes documents of one tokenizer, one after the other."""
 
     def __init__(self, encoding: tiktoken.Encoding, *, choice: Choice = "auto") -> None:
-        """`auto` takes gigatoken where it is installed."""
+        """`auto` takes gigatoken where it is installed; raises TokenizerError for ranks that are no BPE."""
         self._encoding = encoding
-        self._engine = _gigatoken(encoding) if installed(choice) else None
+        self._ranks = _rank_file(encoding) if installed(choice) else ""
+        self._engine = _gigatoken(self._ranks) if self._ranks else None
         self._end = np.array([encoding.eot_token], dtype=np.uint32)
-        self._left = 0  # documents until the next comparison
+        self._unchecked = 0  # documents until the next comparison
+        self._unseen = LOOK_EVERY  # characters until the next look at memory
+        self._resident = _resident()
 
     def document(self, text: str) -> Ids:
         """Tokens of one document, its end-of-text token last. The text must be valid Unicode.
@@ -50,17 +61,30 @@ class Encoder:
         """
         if self._engine is None:
             return encode_document(self._encoding, text)
-        found = np.concatenate([self._engine.encode(text), self._end])
-        if self._left > 0 or len(text) > LONGEST_CHECK:
-            self._left -= 1
-            return found
-        self._left = CHECK_EVERY - 1
-        if not np.array_equal(found, encode_document(self._encoding, text)):
+        found = self._engine.encode(text)
+        if self._unchecked == 0:
+            self._compare(self._engine, text[:LONGEST_CHECK])
+            self._unchecked = CHECK_EVERY
+        self._unchecked -= 1
+        self._unseen -= len(text)
+        if self._unseen < 0:
+            self._forget()
+        return np.concatenate([found, self._end])
+
+    def _compare(self, engine: Engine, text: str) -> None:
+        if not np.array_equal(engine.encode(text), encode_document(self._encoding, text)[:-1]):
             raise TokenizerError(
                 f"gigatoken {version('gigatoken')} and tiktoken give different tokens for a document that "
                 f"begins with {text[:40]!r}; run again with --data.encoder tiktoken --force"
             )
-        return found
+
+    def _forget(self) -> None:
+        """Make the engine anew if this process has grown too much since it was made."""
+        self._unseen = LOOK_EVERY
+        if _resident() - self._resident > MOST_GROWTH:
+            self._engine = None  # its memory first
+            self._engine = _gigatoken(self._ranks)
+            self._resident = _resident()
 
 
 def installed(choice: Choice) -> bool:
@@ -80,15 +104,27 @@ def engine_name(choice: Choice) -> str:
     return f"{name} {version(name)}"
 
 
-def _gigatoken(encoding: tiktoken.Encoding) -> Engine:
-    """The same ranks and GPT-2's pattern, without special tokens: text that spells one is ordinary text."""
+def _rank_file(encoding: tiktoken.Encoding) -> str:
+    """The ranks as gigatoken reads them; it ends the process for a table that does not come from merges."""
+    tokens = ranked_tokens(encoding)
+    if any(len(token) != 1 for token in tokens[:256]):
+        raise TokenizerError("the first 256 tokens are not the bytes; run `krony prepare … --force`")
+    merges_of(tokens)
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+
+
+def _gigatoken(ranks: str) -> Engine:
+    """With GPT-2's pattern and without special tokens: text that spells one is ordinary text."""
     from gigatoken import Tokenizer
 
-    lines = (
-        f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranked_tokens(encoding))
-    )
     with scratch_folder() as folder:
         path = folder / "ranks.tiktoken"
-        path.write_text("\n".join(lines) + "\n", encoding="ascii")
+        path.write_text(ranks, encoding="ascii")
         engine: Engine = Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
     return engine
+
+
+def _resident() -> int:
+    """Bytes that this process holds."""
+    found: int = psutil.Process().memory_info().rss
+    return found

@@ -83,13 +83,14 @@ def prepare_tokens(
         done = {s.index: finished(where, plan=plan.digest, index=s.index) for s in plan.shards}
         sidecars = [sidecar for pair in done.values() if pair for sidecar in pair]
         todo = [shard for shard in plan.shards if not done[shard.index]]
-        begin, made = time.monotonic(), 0
+        begin, made, engines = time.monotonic(), 0, set[str]()
         with Progress("tokens", len(plan.shards), unit="shards", quiet=quiet) as progress:
             progress.update(len(plan.shards) - len(todo))
             if todo:
                 rows = _rows(plan, todo, _stored_repeats(where, plan))
                 with connect(ray, quiet=quiet):
-                    for pair in _map(job, rows, at_once=config.tokenize_workers):
+                    for engine, pair in _map(job, rows, at_once=config.tokenize_workers):
+                        engines.add(engine)
                         sidecars += pair
                         made += sum(sidecar.tokens for sidecar in pair)
                         rate = made / (time.monotonic() - begin)
@@ -98,7 +99,7 @@ def prepare_tokens(
         settings = {
             "tokens_per_s": round(made / (time.monotonic() - begin)),
             "tokens_made": made,
-            "encoder": engine_name(config.encoder),
+            "encoder": ", ".join(sorted(engines)),  # of what was made now, on any node
         }
         written = {f"{sidecar.shard}.bin": sidecar.sha256 for sidecar in sidecars}
         return attempt.publish(metrics=metrics, settings=settings, written=written)
@@ -231,6 +232,7 @@ def plan_tokens(config: RunConfig, identity: Identity, store: Store) -> TokensOu
         shards=shards,
         cores=config.data.tokenize_workers or os.cpu_count() or 1,
         dedup=deduplicates(config.data),
+        engine=engine_name(config.data.encoder),
     )
 
 
@@ -270,8 +272,8 @@ def run_tasks(
                 library.wait([*waiting], num_returns=len(waiting))
 
 
-def _map(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[list[Sidecar]]:
-    """One Ray Data task per planned shard; sidecars as they are done, in any order."""
+def _map(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[tuple[str, list[Sidecar]]]:
+    """One Ray Data task per planned shard; encoder and sidecars as they are done, in any order."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -283,9 +285,7 @@ def _map(job: Job, rows: list[dict[str, Any]], *, at_once: int) -> Iterator[list
         **_remote_options(hub=job.corpus.manifest.place == "hub"),
     )
     for row in made.iter_rows():
-        if row["error"]:
-            raise DataError(row["error"])
-        yield [Sidecar.from_json(data, where="task") for data in row["sidecars"]]
+        yield _made(row)
 
 
 def _make(job: Job, row: dict[str, Any]) -> dict[str, Any]:
@@ -298,8 +298,16 @@ def _make(job: Job, row: dict[str, Any]) -> dict[str, Any]:
             repeats=np.frombuffer(row["repeats"], dtype=np.int64),
         )
     except KronyError as err:
-        return {"sidecars": [], "error": str(err)}
-    return {"sidecars": [sidecar.to_json() for sidecar in sidecars], "error": ""}
+        return {"sidecars": [], "error": str(err), "encoder": ""}
+    made = [sidecar.to_json() for sidecar in sidecars]
+    return {"sidecars": made, "error": "", "encoder": engine_name(job.encoder)}
+
+
+def _made(row: dict[str, Any]) -> tuple[str, list[Sidecar]]:
+    """Encoder and sidecars of a task's answer; raises DataError for an error that it met."""
+    if row["error"]:
+        raise DataError(row["error"])
+    return row["encoder"], [Sidecar.from_json(data, where="task") for data in row["sidecars"]]
 
 
 def _remote_options(*, hub: bool) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def write_hf_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
 
     tokens = ranked_tokens(encoding)
     vocab = {_spell(token): rank for rank, token in enumerate(tokens)} | {EOT: encoding.eot_token}
-    merges = [(_spell(left), _spell(right)) for left, right in _merges(tokens)]
+    merges = [(_spell(left), _spell(right)) for left, right in merges_of(tokens)]
     fast = Tokenizer(BPE(vocab=vocab, merges=merges))
     fast.pre_tokenizer = Sequence(
         [Split(Regex(PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -285,7 +285,7 @@ def ranked_tokens(encoding: tiktoken.Encoding) -> list[bytes]:
     return [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)]
 
 
-def _merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+def merges_of(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
     """The merge that makes each token of more than one byte: the last two parts under the earlier ranks."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     merges = []

@@ -24,6 +24,7 @@ _VERSIONS = (
     "transformers",
     "tokenizers",
     "tiktoken",
+    "gigatoken",
     "datasets",
     "mlflow",
     "numpy",

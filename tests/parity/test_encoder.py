@@ -3,16 +3,18 @@
 import json
 import lzma
 import sys
+from functools import lru_cache
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sources import PydocsCorpus
 from pipeline.data.corpora import documents, source_of
 from pipeline.data.encoder import CHECK_EVERY, Encoder, engine_name
-from pipeline.data.tokenizer import EOT, TokenizerError, encode_document, read_gpt2, train_bpe
+from pipeline.data.tokenizer import EOT, FAST_PATTERN, TokenizerError, encode_document, read_gpt2, train_bpe
 
 pytest.importorskip("gigatoken", reason="has no build for this machine")
 
@@ -63,10 +65,11 @@ def small(texts):
     return train_bpe(texts, vocab_size=2048)
 
 
+@lru_cache(maxsize=2)
 def engine(encoding):
     """gigatoken alone, never held against tiktoken."""
     encoder = Encoder(encoding)
-    encoder._left = sys.maxsize
+    encoder._unchecked = sys.maxsize
     return encoder
 
 
@@ -120,6 +123,40 @@ def test_another_answer_is_seen_at_once_and_later(small, texts):
         encoder.document("one of many documents")
     with pytest.raises(TokenizerError, match="different tokens"):
         encoder.document("one of many documents")
+
+
+def test_a_text_of_any_length_is_compared(small, texts, monkeypatch):
+    monkeypatch.setattr("pipeline.data.encoder.LONGEST_CHECK", 10)
+    encoder = Encoder(small)
+    encoder._engine = Encoder(train_bpe(texts[:50], vocab_size=1024))._engine
+    with pytest.raises(TokenizerError, match="different tokens"):
+        encoder.document("the first document, and a long one")
+
+
+def test_an_engine_that_remembers_too_much_is_made_anew(small, monkeypatch):
+    """gigatoken keeps every piece of text that it sees; new words of one letter range fill it quickly."""
+    monkeypatch.setattr("pipeline.data.encoder.LOOK_EVERY", 1 << 16)
+    monkeypatch.setattr("pipeline.data.encoder.MOST_GROWTH", 8 << 20)
+    encoder, letters = Encoder(small), np.random.default_rng(0)
+    first = encoder._engine
+    for _ in range(200):
+        words = letters.integers(97, 123, size=(1000, 20), dtype=np.uint8)
+        text = " ".join(word.tobytes().decode() for word in words)
+        assert np.array_equal(encoder.document(text), encode_document(small, text))
+        if encoder._engine is not first:
+            break
+    assert encoder._engine is not first
+
+
+def test_ranks_that_are_no_merges_are_one_line(small):
+    loose = tiktoken.Encoding(
+        "loose",
+        pat_str=FAST_PATTERN,
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)} | {b"abc": 256},
+        special_tokens={EOT: 257},
+    )
+    with pytest.raises(TokenizerError, match=r"token 256 b'abc' is no merge of two earlier tokens"):
+        Encoder(loose)
 
 
 def test_tiktoken_alone_is_a_choice(small, texts):

@@ -1,46 +1,75 @@
-"""While a process keeps its memory, large tensors are made without asking the system for pages again."""
+"""While a process keeps its memory, a large block that is freed stays with it; afterwards it leaves."""
 
-import resource
+import os
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.allocator import keeping_memory
+from pipeline.allocator import ONE_ARENA
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 
-NUMBERS = 24 << 20
-"""96 MiB in fp32: beyond what glibc keeps by itself."""
+BLOCK = 96 << 20
+"""Bytes: more than glibc keeps by itself, and than fit into the heap of a thread."""
+
+SCRIPT = """
+import ctypes, pathlib, sys, threading
+from pipeline.allocator import keeping_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    return 4096 * int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+def use():
+    for _ in range(3):
+        block = libc.malloc({block})
+        ctypes.memset(block, 1, {block})
+        libc.free(block)
+
+def work():
+    before = resident()
+    use()
+    usual = resident() - before
+    with keeping_memory({device!r}):
+        use()
+        print(usual, resident() - before, end=" ")
+    print(resident() - before)
+
+if {threaded}:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+else:
+    work()
+"""
 
 
-def faults(times: int) -> int:
-    """Pages that the system had to bring while a large tensor was made and dropped `times` times."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        torch.ones(NUMBERS)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def grown(*, device: str = "cpu", threaded: bool = False, **environment: str) -> list[int]:
+    """Bytes that a fresh process still holds of freed blocks: before, while it keeps memory, afterwards."""
+    script = SCRIPT.format(block=BLOCK, device=device, threaded=threaded)
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=rest | environment, capture_output=True, text=True, check=True
+    )
+    return [int(word) for word in done.stdout.split()]
 
 
-def resident() -> int:
-    """Bytes that the process holds."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+def test_freed_memory_stays_and_leaves_at_the_end():
+    before, within, after = grown()
+    assert before < BLOCK / 4 < 0.9 * BLOCK < within < 2 * BLOCK
+    assert after < BLOCK / 4
 
 
-PAGES = 4 * NUMBERS // resource.getpagesize()
-"""Of one such tensor."""
+def test_a_thread_keeps_as_much_in_a_worker_of_ours():
+    before, within, after = grown(threaded=True, **ONE_ARENA)
+    assert before < BLOCK / 4 < 0.9 * BLOCK < within < 2 * BLOCK
+    assert after < BLOCK / 4
 
 
-def test_pages_are_asked_for_once_and_given_back_at_the_end() -> None:
-    with keeping_memory("cpu"):
-        faults(16)  # glibc needs a few blocks before it finds one of its own again
-        held = resident()
-        assert faults(16) < 6 * PAGES
-    assert held - resident() > 3 * NUMBERS
-    assert faults(8) > 7 * PAGES
-
-
-def test_another_device_is_left_alone() -> None:
-    with keeping_memory("cuda"):
-        assert faults(8) > 7 * PAGES
+@pytest.mark.parametrize("where", [{"device": "cuda"}, {"MALLOC_TRIM_THRESHOLD_": "65536"}])
+def test_another_device_or_a_choice_of_the_user_is_left_alone(where):
+    assert all(held < BLOCK / 4 for held in grown(**where))

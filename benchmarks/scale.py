@@ -195,7 +195,9 @@ def scale(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
-        "versions": {name: importlib.metadata.version(name) for name in ("ray", "tiktoken", "pyarrow")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("ray", "gigatoken", "tiktoken", "pyarrow")
+        },
         "python": platform.python_version(),
         "readings": [asdict(reading) for reading in readings],
     }

@@ -1,12 +1,14 @@
 """Tokenization by Ray Data against the same cores running bare tiktoken, on the same stored documents.
 
     python -m benchmarks.tokenization FILE… [--tokenizer FOLDER] [--megabytes 1000] [--rounds 3]
+        [--encoder tiktoken]
 
 The texts of the given files are repeated until there is enough of them (repeats are not dropped) and stored
 as a corpus, which is not timed. `bare` is one process per core that reads files of the same parquet rows,
-encodes with GPT-2's BPE and appends the ids to a file: no plan, no split, no digests. `krony` is `krony
-prepare` from there: plan, Ray Data tasks, shards with sidecars, the record. The sides take turns. What comes
-before the first document (starting Ray; starting the processes) is timed by itself.
+encodes with tiktoken and GPT-2's BPE and appends the ids to a file: no plan, no split, no digests. `krony` is
+`krony prepare` from there, with its own encoder (`--encoder tiktoken`: the same as the other side): plan, Ray
+Data tasks, shards with sidecars, the record. The sides take turns. What comes before the first document
+(starting Ray; starting the processes) is timed by itself.
 """
 
 import argparse
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=1000.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="as in [data]")
+    parser.add_argument("--encoder", default="auto", choices=["auto", "tiktoken"], help="as in [data]")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     cores = os.cpu_count() or 1
@@ -126,7 +129,7 @@ def main() -> None:
         )
         words = ["--corpus.name", "files", "--corpus.paths", json.dumps([str(folder / "text")])]
         words += ["--tokenizer.name", "gpt2", "--tokenizer.path", options.tokenizer, "--data.dedup", "false"]
-        words += ["--data.shard-tokens", str(options.shard_tokens)]
+        words += ["--data.shard-tokens", str(options.shard_tokens), "--data.encoder", options.encoder]
         study = load_study(None, overrides=[*words, "--store", str(folder / "store")])
         work = Work.on(study.first, quiet=True)
         with session():

@@ -1,8 +1,9 @@
 """Tokenizers: byte-level BPE, trained here or GPT-2's own, always served as a `tiktoken.Encoding`.
 
 A tokenizer is one JSON file: pattern, ranks (the bytes of token i, base64) and special tokens. Training is
-`tokenizers`' and is deterministic; encoding is tiktoken's, so a text has one encoding everywhere. Text that
-spells a special token is ordinary text: only we put the end-of-text token, after each document.
+`tokenizers`' and is deterministic; what a text encodes to is tiktoken's, so it is one encoding everywhere,
+also where another library does the work (`encoder.py`). Text that spells a special token is ordinary text:
+only we put the end-of-text token, after each document.
 """
 
 import base64

@@ -10,14 +10,16 @@ shape's `cheaper_order`; both can be forced (`mode`, `order`), and `print(model)
 
 import argparse
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.mlp import SHAPES, WIDTH
 from benchmarks.table import publish
+from model.algebra.shapes import Order
 from model.config import Kron, LowRank
 from model.layers.kronecker import KroneckerLinear
 from model.layers.low_rank import LowRankLinear
@@ -52,23 +54,22 @@ def layer_of(matrix: Kron | LowRank) -> StructuredLinear:
     return LowRankLinear(matrix, WIDTH, HIDDEN, n_bias=HIDDEN)
 
 
-def ways(layer: StructuredLinear, *, training: bool) -> dict[str, Callable[[], None]]:
-    """Each way to multiply, as a setting of the layer; `auto` first."""
+def ways(layer: StructuredLinear, *, training: bool) -> dict[str, StructuredLinear]:
+    """A copy of the layer for each way to multiply, `auto` first: what one prepares is its own."""
 
-    def put(mode: Mode, order: Any = "auto") -> Callable[[], None]:
-        def to() -> None:
-            layer.mode = mode
-            if isinstance(layer, KroneckerLinear):
-                layer.order = order
+    def copy(mode: Mode, order: Order | Literal["auto"] = "auto") -> StructuredLinear:
+        made = deepcopy(layer)
+        made.mode = mode
+        if isinstance(made, KroneckerLinear):
+            made.order = order
+        return made.train(training)
 
-        return to
-
-    found = {"auto": put("auto"), "form": put("materialize")}
+    found = {"auto": copy("auto"), "form": copy("materialize")}
     if isinstance(layer, KroneckerLinear):
-        found |= {"a_first": put("factored", "a_first"), "b_first": put("factored", "b_first")}
+        found |= {"a_first": copy("factored", "a_first"), "b_first": copy("factored", "b_first")}
     else:
-        found["factored"] = put("factored")
-    return found if training else found | {"kept": put("cached")}
+        found["factored"] = copy("factored")
+    return found if training else found | {"kept": copy("cached")}
 
 
 def call(layer: StructuredLinear, x: Tensor, *, training: bool, half: bool) -> Callable[[], None]:
@@ -122,17 +123,9 @@ def compare(
     layer: StructuredLinear, tokens: int, *, training: bool, half: bool, options: argparse.Namespace
 ) -> dict[str, str | float]:
     """Milliseconds of the choice, the fastest way and the regret."""
-    layer.train(training)
-    run = call(layer, torch.randn(tokens, WIDTH, device=options.device), training=training, half=half)
-
-    def by(to: Callable[[], None]) -> Callable[[], None]:
-        def both() -> None:
-            to()
-            run()
-
-        return both
-
-    sides = {name: by(to) for name, to in ways(layer, training=training).items()}
+    x = torch.randn(tokens, WIDTH, device=options.device)
+    layers = ways(layer, training=training)
+    sides = {name: call(each, x, training=training, half=half) for name, each in layers.items()}
     for side in sides.values():
         side()
         side()
@@ -147,8 +140,8 @@ def compare(
     fastest = min((name for name in medians if name != "auto"), key=medians.__getitem__)
     # a ratio within each round, so that what else the machine does meets both
     regret = max(1.0, Spread.of_ratio(took["auto"], took[fastest]).middle)
-    layer.mode = "auto"
-    chosen = layer.resolve_mode(tokens) if training else _inferred(layer, tokens, half=half)
+    auto = layers["auto"]
+    chosen = auto.resolve_mode(tokens) if training else _inferred(auto, tokens, half=half)
     return {"auto_ms": 1000 * medians["auto"], "auto": chosen, "fastest": fastest, "regret": regret}
 
 

@@ -1,10 +1,10 @@
 """What becomes of freed memory: kept by the process while it works on a CPU, given back afterwards.
 
 A training step frees and asks for gigabytes in tensors of megabytes. glibc gives such blocks back to the
-system at once, which then has to fill every page with zeros again: about a tenth of a step of GPT-2 small.
+system at once, which then has to fill every page with zeros again: 3 to 9 % of a step of GPT-2 small.
 Off Linux, where the C library has no such setting, and where somebody set glibc up in the environment,
-nothing is changed. A thread beside the main one profits fully only with `ONE_ARENA`: its own heap would hold
-blocks of at most 64 MiB.
+nothing is changed. A thread beside the main one profits fully only in a process with a single arena: the heap
+of another one holds blocks of at most 64 MiB.
 """
 
 import ctypes
@@ -12,9 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of a process that trains in a thread, as a worker of Ray does."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Settings of mallopt(3): how much may lie free at the top, which size is mapped alone, and how many such."""
@@ -24,6 +21,19 @@ _USUAL = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 2
 
 _ASKED = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 """By these a user sets up glibc."""
+
+
+def for_workers() -> dict[str, str]:
+    """Environment of processes that train in a thread, as a worker of Ray does: one arena."""
+    asked = any(name in os.environ for name in (*_ASKED, "MALLOC_ARENA_MAX"))
+    return {} if asked else {"MALLOC_ARENA_MAX": "1"}
+
+
+def give_back() -> None:
+    """Return what is free to the system, where the C library can."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @contextmanager
@@ -41,4 +51,4 @@ def keeping_memory(device: str) -> Iterator[None]:
     finally:
         for setting, value in _USUAL.items():
             libc.mallopt(setting, value)
-        libc.malloc_trim(0)
+        give_back()

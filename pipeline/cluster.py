@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
-from pipeline.allocator import ONE_ARENA
+from pipeline.allocator import for_workers
 from pipeline.config.schema import RayConfig
 from pipeline.errors import PreflightError
 from pipeline.interrupt import is_abandoned
@@ -88,7 +88,8 @@ def connect(config: RayConfig, *, quiet: bool = False, num_cpus: int | None = No
 def runtime_env() -> dict[str, object]:
     """What a worker of ours needs beyond its interpreter: the driver's settings."""
     handed_on = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
-    return {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **ONE_ARENA, **handed_on}}
+    ours = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **for_workers()}
+    return {"env_vars": ours | handed_on}
 
 
 @contextmanager

@@ -78,6 +78,11 @@ def make_shard(
     return tuple(made)
 
 
+def encoder_name(job: Job) -> str:
+    """The library that encodes for a job in this process, and its version."""
+    return _encoder(job.tokenizer, job.encoder).name
+
+
 def shard_name(side: str, index: int) -> str:
     """`train-00007`."""
     return f"{side}-{index:05d}"

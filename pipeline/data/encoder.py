@@ -14,6 +14,7 @@ import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 import tiktoken
 
+from pipeline.allocator import give_back
 from pipeline.data.tokenizer import TokenizerError, encode_document, merges_of, ranked_tokens
 from pipeline.store.scratch import scratch_folder
 
@@ -28,6 +29,9 @@ LONGEST_CHECK = 1_000_000
 
 LOOK_EVERY = 1 << 22
 """Characters between two looks at the memory of this process."""
+
+LONGEST_TOKEN = 1024
+"""Bytes of a token, beyond which tiktoken does the work alone."""
 
 MOST_GROWTH = 256 << 20
 """Bytes that a process may grow by before its engine is made anew: gigatoken 0.10 remembers every piece of
@@ -47,20 +51,28 @@ class Encoder:
     def __init__(self, encoding: tiktoken.Encoding, *, choice: Choice = "auto") -> None:
         """`auto` takes gigatoken where it is installed; raises TokenizerError for ranks that are no BPE."""
         self._encoding = encoding
-        self._ranks = _rank_file(encoding) if installed(choice) else ""
-        self._engine = _gigatoken(self._ranks) if self._ranks else None
+        self._ranks = _rank_file(encoding) if _takes_gigatoken(encoding, choice) else ""
+        self._engine: Engine | None = None
         self._end = np.array([encoding.eot_token], dtype=np.uint32)
         self._unchecked = 0  # documents until the next comparison
         self._unseen = LOOK_EVERY  # characters until the next look at memory
-        self._resident = _resident()
+        self._held = 0  # bytes of this process before the engine began to remember
+
+    @property
+    def name(self) -> str:
+        """The library that does the work, and its version."""
+        library = "gigatoken" if self._ranks else "tiktoken"
+        return f"{library} {version(library)}"
 
     def document(self, text: str) -> Ids:
         """Tokens of one document, its end-of-text token last. The text must be valid Unicode.
 
         Raises TokenizerError if the engines differ.
         """
-        if self._engine is None:
+        if not self._ranks:
             return encode_document(self._encoding, text)
+        if self._engine is None:
+            self._engine, self._held = _gigatoken(self._ranks), _resident()
         found = self._engine.encode(text)
         if self._unchecked == 0:
             self._compare(self._engine, text[:LONGEST_CHECK])
@@ -79,16 +91,15 @@ class Encoder:
             )
 
     def _forget(self) -> None:
-        """Make the engine anew if this process has grown too much since it was made."""
+        """Drop the engine if this process has grown too much; the next document has a new one."""
         self._unseen = LOOK_EVERY
-        if _resident() - self._resident > MOST_GROWTH:
-            self._engine = None  # its memory first
-            self._engine = _gigatoken(self._ranks)
-            self._resident = _resident()
+        if _resident() - self._held > MOST_GROWTH:
+            self._engine = None
+            give_back()
 
 
 def installed(choice: Choice) -> bool:
-    """Whether gigatoken does the work."""
+    """Whether gigatoken is there and wanted."""
     if choice == "tiktoken":
         return False
     try:
@@ -98,10 +109,9 @@ def installed(choice: Choice) -> bool:
     return True
 
 
-def engine_name(choice: Choice) -> str:
-    """The library that does the work, and its version."""
-    name = "gigatoken" if installed(choice) else "tiktoken"
-    return f"{name} {version(name)}"
+def _takes_gigatoken(encoding: tiktoken.Encoding, choice: Choice) -> bool:
+    """A token as long as a page takes minutes to be taken apart into merges; nothing that was learned is."""
+    return installed(choice) and max(map(len, ranked_tokens(encoding))) <= LONGEST_TOKEN
 
 
 def _rank_file(encoding: tiktoken.Encoding) -> str:

@@ -22,8 +22,8 @@ from pipeline.config.schema import RayConfig, RunConfig
 from pipeline.config.sources import DataConfig
 from pipeline.data.corpora import source_of
 from pipeline.data.documents import KEY_BYTES, CorpusError
-from pipeline.data.encode import Job, finished, make_shard
-from pipeline.data.encoder import engine_name
+from pipeline.data.encode import Job, encoder_name, finished, make_shard
+from pipeline.data.encoder import installed
 from pipeline.data.openwebtext import DOCUMENTS, NANOGPT_TOKENS
 from pipeline.data.outlook import TokensOutlook
 from pipeline.data.plan import (
@@ -96,11 +96,12 @@ def prepare_tokens(
                         rate = made / (time.monotonic() - begin)
                         progress.update(len(sidecars) // 2, tokens_per_s=rate)
         metrics = _metrics(plan, sidecars, tokenizer)
-        settings = {
+        settings: dict[str, Any] = {
             "tokens_per_s": round(made / (time.monotonic() - begin)),
             "tokens_made": made,
-            "encoder": ", ".join(sorted(engines)),  # of what was made now, on any node
         }
+        if engines:  # of what was made now, on any node
+            settings["encoder"] = ", ".join(sorted(engines))
         written = {f"{sidecar.shard}.bin": sidecar.sha256 for sidecar in sidecars}
         return attempt.publish(metrics=metrics, settings=settings, written=written)
 
@@ -232,7 +233,7 @@ def plan_tokens(config: RunConfig, identity: Identity, store: Store) -> TokensOu
         shards=shards,
         cores=config.data.tokenize_workers or os.cpu_count() or 1,
         dedup=deduplicates(config.data),
-        engine=engine_name(config.data.encoder),
+        engine="gigatoken" if installed(config.data.encoder) else "tiktoken",
     )
 
 
@@ -300,7 +301,7 @@ def _make(job: Job, row: dict[str, Any]) -> dict[str, Any]:
     except KronyError as err:
         return {"sidecars": [], "error": str(err), "encoder": ""}
     made = [sidecar.to_json() for sidecar in sidecars]
-    return {"sidecars": made, "error": "", "encoder": engine_name(job.encoder)}
+    return {"sidecars": made, "error": "", "encoder": encoder_name(job)}
 
 
 def _made(row: dict[str, Any]) -> tuple[str, list[Sidecar]]:

@@ -100,5 +100,8 @@ def _key(document: Tokens, encoding: tiktoken.Encoding, *, again: bool, name: st
     except UnicodeDecodeError as err:
         raise ShardError(f"{name}: a document is no text ({err.reason}); {_REMEDY}") from err
     if again and not np.array_equal(encode_document(encoding, text)[:-1], document):
-        raise ShardError(f"{name}: a document has other tokens than tiktoken gives it; {_REMEDY}")
+        raise ShardError(
+            f"{name}: a document has other tokens than tiktoken gives it; "
+            "run `krony prepare … --data.encoder tiktoken --force`"
+        )
     return bytes.fromhex(document_id(text)[: 2 * KEY_BYTES])

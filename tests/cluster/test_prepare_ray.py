@@ -33,6 +33,8 @@ def test_any_number_of_workers_and_any_loss_give_the_same_bytes(
     (_, one), (prepared, two) = runs
     assert one.record.address == two.record.address
     assert data_lab.payload(one) == data_lab.payload(two)
+    libraries = [made.record.settings["encoder"].split()[0] for made in (one, two)]
+    assert libraries == ["tiktoken", "gigatoken"]
 
     # Half of the shards are lost, and the record with them: only those are made again, one task each.
     shards = two.record.metrics["shards"]

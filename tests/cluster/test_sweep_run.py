@@ -95,6 +95,7 @@ def meanwhile(act: Callable[[], bool]) -> Iterator[list[float]]:
         thread.join()
 
 
+@pytest.mark.nightly
 def test_a_sweep_is_its_trainings_one_after_the_other(ray_local, sweep_lab, place, base):
     study = sweep_lab.write(place, origin=base, axes={"method.terms": [1, 2]}, seeds=[0, 1])
     artifact = run_sweep(study, quiet=True)

@@ -268,6 +268,20 @@ def test_a_lie_that_its_sidecar_repeats_is_found(tokens, prepared, name, change,
         verify_tokens(lie, prepared.tokenizer, quiet=True)
 
 
+def test_another_way_to_spell_a_document_is_found(tokens, prepared):
+    encoding = load_tokenizer(prepared.tokenizer.location.local_folder())
+
+    def spelled(old):
+        at = int(np.flatnonzero(old >= 256)[0])
+        letters = encoding.decode_single_token_bytes(int(old[at]))
+        apart = [encoding.encode_single_token(bytes([letter])) for letter in letters]
+        return np.concatenate([old[:at], apart, old[at + 1 :]])
+
+    lie = rewrite(tokens, "train-00001", spelled)
+    with pytest.raises(ShardError, match="train-00001: a document has other tokens than tiktoken gives it"):
+        verify_tokens(lie, prepared.tokenizer, quiet=True)
+
+
 def test_a_validation_document_in_training_is_found(tokens, prepared):
     validation = next(k for k in sorted(tokens.record.files) if k.startswith("val") and k.endswith(".bin"))
     held_out = open_shard(tokens.path(validation))

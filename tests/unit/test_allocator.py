@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pipeline.allocator import ONE_ARENA
+from pipeline.allocator import for_workers
+from pipeline.cluster import runtime_env
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 
@@ -64,10 +65,18 @@ def test_freed_memory_stays_and_leaves_at_the_end():
     assert after < BLOCK / 4
 
 
-def test_a_thread_keeps_as_much_in_a_worker_of_ours():
-    before, within, after = grown(threaded=True, **ONE_ARENA)
+def test_a_thread_keeps_as_much_in_a_worker_of_ours(monkeypatch):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    environment = for_workers()
+    assert environment.items() <= runtime_env()["env_vars"].items()
+    before, within, after = grown(threaded=True, **environment)
     assert before < BLOCK / 4 < 0.9 * BLOCK < within < 2 * BLOCK
     assert after < BLOCK / 4
+
+
+def test_a_user_who_set_up_arenas_keeps_them(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert "MALLOC_ARENA_MAX" not in runtime_env()["env_vars"]
 
 
 @pytest.mark.parametrize("where", [{"device": "cuda"}, {"MALLOC_TRIM_THRESHOLD_": "65536"}])

@@ -88,7 +88,8 @@ class KroneckerLinear(StructuredLinear):
         if state is None or self.left.dtype is not torch.float32:
             return None
         gathers = (self.gather_in, self.gather_out)
-        one = OneToken.of(self.factors(), self.full_bias(), order=self._taken_order(), gathers=gathers)
+        order = OneToken.order_of(self.shape) if self.order == "auto" else self.order
+        one = OneToken.of(self.factors(), self.full_bias(), order=order, gathers=gathers)
         self._prepared = (state, self.order, one)
         return one
 

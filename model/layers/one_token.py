@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from model.algebra.kron import shape_of
-from model.algebra.shapes import Order
+from model.algebra.shapes import KronShape, Order
 
 BLOCK = 65_536
 """Numbers of a block."""
 
-MOST = 1.0
-"""Share of the dense multiply-accumulates from which a kept W is faster."""
+MOST = 1.5
+"""Share of the dense multiply-accumulates beyond which a kept W is faster; it is read by one thread."""
+
+LESS = 0.75
+"""A first is three operators, B first two: it has to save a quarter of the multiply-accumulates."""
 
 
 def is_inference(tensor: Tensor) -> bool:
@@ -80,6 +83,12 @@ class OneToken:
     """(n1, n2) if A comes first, else (h, n1/h, n2); before the gather."""
     gathers: tuple[Tensor | None, Tensor | None]
     """Of the inputs and of the outputs."""
+
+    @staticmethod
+    def order_of(shape: KronShape) -> Order:
+        """The faster order for one token."""
+        b_first, a_first = shape.macs()
+        return "a_first" if a_first < LESS * b_first else "b_first"
 
     @staticmethod
     def of(

@@ -8,7 +8,6 @@ training steps of the whole model (weights, gradients, AdamW, activations), not 
 """
 
 import argparse
-import ctypes
 import gc
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.mlp import SHAPES, WIDTH, Original, dense_mlp, kron_mlp
 from benchmarks.table import publish
 from benchmarks.training_step import specs, step_of
-from pipeline.allocator import keeping_memory
+from pipeline.allocator import give_back, keeping_memory
 
 
 @contextmanager
@@ -66,7 +65,7 @@ def peak(size: str, *, layers: int, rows: int) -> float:
     warm.run()
     del warm
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
     CLEAR.write_text("5")
     before = psutil.Process().memory_info().rss
     spec = next(s for name, s in specs(layers, [size]).items() if name.startswith(size))

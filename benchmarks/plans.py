@@ -5,7 +5,8 @@
 One `mlp.c_fc` of GPT-2 small per shape. Training: forward and backward by either order of the factors, and by
 forming the matrix. Inference: the same, and the matrix kept. `regret` is the time of what `auto` does over
 that of the fastest; 1 is a perfect choice. What decides is the cost model of `model/layers/choice.py` and the
-shape's `cheaper_order`; both can be forced (`mode`, `order`), and `print(model)` shows them.
+shape's `cheaper_order` (`OneToken.order_of` for one token); both can be forced (`mode`, `order`), and
+`print(model)` shows them.
 """
 
 import argparse

@@ -51,7 +51,7 @@ class Encoder:
     def __init__(self, encoding: tiktoken.Encoding, *, choice: Choice = "auto") -> None:
         """`auto` takes gigatoken where it is installed; raises TokenizerError for ranks that are no BPE."""
         self._encoding = encoding
-        self._ranks = _rank_file(encoding) if _takes_gigatoken(encoding, choice) else ""
+        self._ranks = _rank_file(encoding) if installed(choice) else ""
         self._engine: Engine | None = None
         self._end = np.array([encoding.eot_token], dtype=np.uint32)
         self._unchecked = 0  # documents until the next comparison
@@ -109,14 +109,14 @@ def installed(choice: Choice) -> bool:
     return True
 
 
-def _takes_gigatoken(encoding: tiktoken.Encoding, choice: Choice) -> bool:
-    """A token as long as a page takes minutes to be taken apart into merges; nothing that was learned is."""
-    return installed(choice) and max(map(len, ranked_tokens(encoding))) <= LONGEST_TOKEN
-
-
 def _rank_file(encoding: tiktoken.Encoding) -> str:
-    """The ranks as gigatoken reads them; it ends the process for a table that does not come from merges."""
+    """The ranks as gigatoken reads them; it ends the process for a table that does not come from merges.
+
+    Empty where a token is as long as a page: to take it apart into merges would take minutes.
+    """
     tokens = ranked_tokens(encoding)
+    if max(map(len, tokens)) > LONGEST_TOKEN:
+        return ""
     if any(len(token) != 1 for token in tokens[:256]):
         raise TokenizerError("the first 256 tokens are not the bytes; run `krony prepare … --force`")
     merges_of(tokens)

@@ -22,6 +22,7 @@ import torch
 from model.config import GPT2Config, Kron, LowRank, ModelSpec
 from model.export import load_native, to_dense
 from model.gpt2 import GPT2
+from pipeline.allocator import give_back
 from pipeline.compress.served import serve
 from pipeline.errors import EvaluateError
 from pipeline.evaluate.turns import Decoding
@@ -127,8 +128,8 @@ def _resident_peak(weights: Weights, load: Load) -> int:
 def _forget_loading() -> None:
     """Give back what loading left behind, and let the peak begin from here; Linux alone can do that."""
     gc.collect()
+    give_back()
     if sys.platform == "linux":
-        CDLL(None).malloc_trim(0)
         _PEAK.write_text("5")
 
 
